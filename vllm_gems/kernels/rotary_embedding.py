@@ -1,0 +1,595 @@
+"""Rotary position embedding of query and key in place: NeoX and GPT-J pairs, partial, inverse, and M-RoPE's sections."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from ..errors import Refused
+from ..launch import Build, launcher, pointer
+from ..nouns import Case, Kernel
+from .common import TOKENS, dtype_of, nbytes, power_of_two, randn, strided
+
+
+@triton.jit
+def _rotate(
+    base,  # the first head of this tile
+    head_stride,
+    heads,  # [HEADS, 1], live where < num_heads
+    num_heads,
+    cos,  # [1, HALF_BLOCK], float32
+    sin,
+    HALF: tl.constexpr,
+    HALF_BLOCK: tl.constexpr,
+    HEADS: tl.constexpr,
+    IS_NEOX: tl.constexpr,
+):
+    pair = tl.arange(0, HALF_BLOCK)[None, :]
+    if IS_NEOX:
+        first_at = base + heads * head_stride + pair
+        live = (heads < num_heads) & (pair < HALF)
+        first = tl.load(first_at, mask=live, other=0.0)
+        second = tl.load(first_at + HALF, mask=live, other=0.0)
+        a = first.to(tl.float32)
+        b = second.to(tl.float32)
+        tl.store(first_at, (a * cos - b * sin).to(first.dtype), mask=live)
+        tl.store(first_at + HALF, (b * cos + a * sin).to(first.dtype), mask=live)
+    else:
+        # Pairs are neighbours: read together and parted in registers, so that the reads stay contiguous.
+        element = tl.arange(0, 2 * HALF_BLOCK)[None, :]
+        at = base + heads * head_stride + element
+        live = (heads < num_heads) & (element < 2 * HALF)
+        both = tl.load(at, mask=live, other=0.0)
+        first, second = tl.split(tl.reshape(both, (HEADS, HALF_BLOCK, 2)))
+        a = first.to(tl.float32)
+        b = second.to(tl.float32)
+        turned = tl.join(a * cos - b * sin, b * cos + a * sin)
+        tl.store(at, tl.reshape(turned, (HEADS, 2 * HALF_BLOCK)).to(both.dtype), mask=live)
+
+
+@triton.jit
+def _rotary_embedding_kernel(
+    # Tensors
+    positions_ptr,  # [num_tokens], or [3, num_tokens] with sections
+    query_ptr,  # [num_tokens, Q_HEADS, ...], written in place
+    key_ptr,  # [num_tokens, K_HEADS, ...] or None, written in place
+    cos_sin_cache_ptr,  # [max_position, 2 * HALF], cosines then sines
+    # Scalars, in elements
+    query_stride,
+    query_head_stride,
+    key_stride,
+    key_head_stride,
+    cache_stride,
+    section_stride,  # between the rows of positions
+    # Constexprs
+    Q_HEADS: tl.constexpr,
+    K_HEADS: tl.constexpr,  # 0 without a key
+    HALF: tl.constexpr,  # rotated pairs
+    OFFSET: tl.constexpr,  # of the rotated elements in a head
+    IS_NEOX: tl.constexpr,
+    INVERSE: tl.constexpr,
+    SECTION_T: tl.constexpr,  # M-RoPE: pairs that turn by the temporal position; 0 for plain positions
+    SECTION_H: tl.constexpr,
+    SECTION_W: tl.constexpr,
+    INTERLEAVED: tl.constexpr,  # sections take turns instead of following one another
+    HALF_BLOCK: tl.constexpr,
+    HEADS: tl.constexpr,  # per program
+):
+    Q_TILES: tl.constexpr = (Q_HEADS + HEADS - 1) // HEADS
+    K_TILES: tl.constexpr = (K_HEADS + HEADS - 1) // HEADS
+    token = (tl.program_id(0) // (Q_TILES + K_TILES)).to(tl.int64)
+    tile = tl.program_id(0) % (Q_TILES + K_TILES)
+
+    pair = tl.arange(0, HALF_BLOCK)[None, :]
+    if SECTION_T == 0:
+        position = tl.load(positions_ptr + token).to(tl.int64)
+    else:
+        if INTERLEAVED:
+            section = tl.where((pair % 3 == 1) & (pair < 3 * SECTION_H), 1, 0)
+            section = tl.where((pair % 3 == 2) & (pair < 3 * SECTION_W), 2, section)
+        else:
+            section = tl.where(pair < SECTION_T, 0, tl.where(pair < SECTION_T + SECTION_H, 1, 2))
+        position = tl.load(positions_ptr + section * section_stride + token).to(tl.int64)
+    turn = cos_sin_cache_ptr + position * cache_stride + pair
+    cos = tl.load(turn, mask=pair < HALF, other=0.0).to(tl.float32)
+    sin = tl.load(turn + HALF, mask=pair < HALF, other=0.0).to(tl.float32)
+    if INVERSE:
+        sin = -sin
+
+    if K_HEADS == 0 or tile < Q_TILES:
+        heads = tile * HEADS + tl.arange(0, HEADS)[:, None]
+        base = query_ptr + token * query_stride + OFFSET
+        _rotate(base, query_head_stride, heads, Q_HEADS, cos, sin, HALF, HALF_BLOCK, HEADS, IS_NEOX)
+    else:
+        heads = (tile - Q_TILES) * HEADS + tl.arange(0, HEADS)[:, None]
+        base = key_ptr + token * key_stride + OFFSET
+        _rotate(base, key_head_stride, heads, K_HEADS, cos, sin, HALF, HALF_BLOCK, HEADS, IS_NEOX)
+
+
+class Rotation(NamedTuple):
+    """What a rotary layer knows for ever."""
+
+    head_size: int
+    rotary_dim: int
+    is_neox: bool
+    rope_dim_offset: int = 0
+    inverse: bool = False
+    mrope_section: tuple[int, ...] = ()
+    mrope_interleaved: bool = False
+
+
+class _Heads(NamedTuple):
+    """One of query and key, seen as heads of tokens."""
+
+    count: int
+    stride: int  # between tokens
+    head_stride: int
+
+
+def _heads_of(name: str, x: torch.Tensor, token_dims: int, head_size: int) -> _Heads:
+    """x is [*tokens, heads * head_size] or [*tokens, heads, head_size]; raises Refused if its tokens are not evenly
+    spaced."""
+    shape, strides = x.shape, x.stride()
+    if x.dim() == token_dims + 1:
+        count, left = divmod(shape[-1], head_size)
+        head_stride = head_size
+    elif x.dim() == token_dims + 2:
+        count, left, head_stride = shape[-2], abs(shape[-1] - head_size), strides[-2]
+    else:
+        count, left, head_stride = 0, 1, 0
+    if left:
+        raise Refused(f"{name} of shape {tuple(shape)} is not heads of size {head_size} for {token_dims}-d positions")
+    even = token_dims == 1 or shape[0] <= 1 or strides[0] == shape[1] * strides[1]
+    if strides[-1] != 1 or not even:
+        raise Refused(f"{name} of shape {tuple(shape)} and strides {strides} is not evenly spaced tokens")
+    return _Heads(count, strides[token_dims - 1], head_stride)
+
+
+# From this many tokens on the GPU is full, and a program takes more heads.
+_MANY_TOKENS = 512
+
+
+def _tiling(heads: int, half: int, many: bool) -> tuple[int, int]:
+    """(heads per program, warps)."""
+    return min(power_of_two(heads), max(1, (1024 if many else 512) // power_of_two(half))), 4
+
+
+def _build(
+    rotation: Rotation,
+    dtype: torch.dtype,
+    cache_dtype: torch.dtype,
+    position_dtype: torch.dtype,
+    q_heads: int,
+    k_heads: int,
+    many: bool = False,
+    aligned: bool = True,
+) -> Build:
+    half = rotation.rotary_dim // 2
+    heads, num_warps = _tiling(max(q_heads, k_heads), half, many)
+    sections = (*rotation.mrope_section, 0, 0, 0)[:3]
+    return Build(
+        function=_rotary_embedding_kernel,
+        types=(
+            pointer(position_dtype),
+            pointer(dtype),
+            pointer(dtype) if k_heads else None,
+            pointer(cache_dtype),
+            *("i32/16",) * 5,
+            "i32",
+        ),
+        constexprs=(
+            ("Q_HEADS", q_heads),
+            ("K_HEADS", k_heads),
+            ("HALF", half),
+            ("OFFSET", rotation.rope_dim_offset),
+            ("IS_NEOX", rotation.is_neox),
+            ("INVERSE", rotation.inverse),
+            ("SECTION_T", sections[0]),
+            ("SECTION_H", sections[1]),
+            ("SECTION_W", sections[2]),
+            ("INTERLEAVED", rotation.mrope_interleaved),
+            ("HALF_BLOCK", power_of_two(half)),
+            ("HEADS", heads),
+        ),
+        aligned=aligned,
+        num_warps=num_warps,
+    )
+
+
+def _never(rotation: Rotation, dtype: torch.dtype, cache_dtype: torch.dtype) -> str | None:
+    """Why no call with these can be done; None if some can."""
+    head_size, rotary_dim = rotation.head_size, rotation.rotary_dim
+    if rotary_dim <= 0 or rotary_dim % 2 or rotation.rope_dim_offset < 0:
+        return f"rotary_dim {rotary_dim} at offset {rotation.rope_dim_offset} is not an even number of elements"
+    if rotation.rope_dim_offset + rotary_dim > head_size:
+        return f"rotary_dim {rotary_dim} at offset {rotation.rope_dim_offset} exceeds head_size {head_size}"
+    floats = (torch.float16, torch.bfloat16, torch.float32)
+    if dtype not in floats or cache_dtype not in floats:
+        return f"query is {dtype} and cos_sin_cache {cache_dtype}, not float16, bfloat16 or float32"
+    section = rotation.mrope_section
+    if section and (len(section) != 3 or sum(section) != rotary_dim // 2 or section[0] == 0):
+        return f"mrope_section {section} is not three parts of rotary_dim / 2 = {rotary_dim // 2}"
+    return None
+
+
+@functools.cache
+def bind_rotary_embedding(
+    rotation: Rotation, dtype: torch.dtype, cache_dtype: torch.dtype, device: int
+) -> Callable[..., None]:
+    """`rotary_embedding` with everything settled that a layer knows for ever: call(positions, query, key, cache).
+
+    The layout of query and key is worked out once per shape and strides. The call checks what can still change, and
+    raises Refused for what it does not do.
+    """
+    if reason := _never(rotation, dtype, cache_dtype):
+        raise Refused(reason)
+    sections = bool(rotation.mrope_section)
+    cache_width = rotation.rotary_dim
+
+    @functools.cache
+    def launch_for(position_dtype: torch.dtype, q_heads: int, k_heads: int, many: bool, aligned: bool) -> Any:
+        build = _build(rotation, dtype, cache_dtype, position_dtype, q_heads, k_heads, many, aligned)
+        heads = dict(build.constexprs)["HEADS"]
+        return launcher(build, device), (q_heads + heads - 1) // heads + (k_heads + heads - 1) // heads
+
+    # (shapes beyond the tokens, strides) -> (query's heads, key's heads); evenly spaced tokens are checked on entry.
+    layouts: dict[Any, tuple[_Heads, _Heads]] = {}
+
+    def layout(positions: torch.Tensor, query: torch.Tensor, key: torch.Tensor | None) -> tuple[_Heads, _Heads]:
+        token_dims = positions.dim() - sections
+        q = _heads_of("query", query, token_dims, rotation.head_size)
+        k = _Heads(0, 0, 0) if key is None else _heads_of("key", key, token_dims, rotation.head_size)
+        for many in (False, True):  # now, so that no later call with this layout compiles
+            launch_for(positions.dtype, q.count, k.count, many, True)
+        return q, k
+
+    def call(
+        positions: torch.Tensor, query: torch.Tensor, key: torch.Tensor | None, cache: torch.Tensor
+    ) -> None:
+        q_shape = query.shape
+        if positions.dim() - sections == 1:
+            tokens = q_shape[0]
+            of = (positions.dtype, q_shape[1:], query.stride(), None if key is None else (key.shape[1:], key.stride()))
+            found = layouts.get(of)
+            if found is None:
+                found = layouts[of] = layout(positions, query, key)
+        else:
+            tokens = q_shape[0] * q_shape[1]
+            found = layout(positions, query, key)
+        if (
+            query.dtype is not dtype
+            or query.get_device() != device
+            or cache.dtype is not cache_dtype
+            or positions.shape[-1] != q_shape[positions.dim() - sections - 1]
+            or (key is not None and (key.dtype is not dtype or key.shape[0] != q_shape[0]))
+        ):
+            raise Refused(_unlike(positions, query, key, cache, dtype, cache_dtype, device))
+        q, k = found
+        at = positions.data_ptr(), query.data_ptr(), 0 if key is None else key.data_ptr(), cache.data_ptr()
+        bits = at[1] | at[2] | at[3] | q.stride | q.head_stride | k.stride | k.head_stride | cache_width
+        # Positions are read one at a time; a view of them may begin anywhere.
+        aligned = not (bits | at[0]) & 15
+        launch, tiles = launch_for(positions.dtype, q.count, k.count, tokens >= _MANY_TOKENS, aligned)
+        launch(
+            tokens * tiles, *at, q.stride, q.head_stride, k.stride, k.head_stride, cache_width,
+            positions.stride(0) if sections else 0,
+        )  # fmt: skip
+
+    return call
+
+
+def _unlike(
+    positions: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor | None,
+    cache: torch.Tensor,
+    dtype: torch.dtype,
+    cache_dtype: torch.dtype,
+    device: int,
+) -> str:
+    have = ", ".join(
+        f"{name} {x.dtype} {tuple(x.shape)} on device {x.get_device()}"
+        for name, x in (("positions", positions), ("query", query), ("key", key), ("cos_sin_cache", cache))
+        if x is not None
+    )
+    return f"{have}; expected {dtype} query and key and {cache_dtype} cache on device {device}, one position a token"
+
+
+def rotary_embedding_refuses(
+    positions: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor | None,
+    head_size: int,
+    cos_sin_cache: torch.Tensor,
+    is_neox: bool,
+    rope_dim_offset: int = 0,
+    inverse: bool = False,
+    mrope_section: tuple[int, ...] = (),
+    mrope_interleaved: bool = False,
+) -> str | None:
+    """None if `rotary_embedding` does this, else why not."""
+    if cos_sin_cache.dim() != 2 or not cos_sin_cache.is_contiguous():
+        return f"cos_sin_cache of shape {tuple(cos_sin_cache.shape)} is not a contiguous [max_position, rotary_dim]"
+    rotation = Rotation(
+        head_size, cos_sin_cache.shape[1], is_neox, rope_dim_offset, inverse, mrope_section, mrope_interleaved
+    )
+    if reason := _never(rotation, query.dtype, cos_sin_cache.dtype):
+        return reason
+    if positions.dtype not in (torch.int32, torch.int64):
+        return f"positions has dtype {positions.dtype}, not int32 or int64"
+    sections = bool(mrope_section)
+    token_dims = positions.dim() - sections
+    if token_dims not in (1, 2 - sections) or (sections and positions.shape[0] != 3):
+        return f"positions of shape {tuple(positions.shape)} is not {'[3, num_tokens]' if sections else 'one a token'}"
+    if not positions.is_contiguous():
+        return f"positions of strides {positions.stride()} is not contiguous"
+    tensors = {"query": query} | ({} if key is None else {"key": key})
+    for name, x in tensors.items():
+        if x.dtype != query.dtype or x.device != query.device or x.shape[:token_dims] != positions.shape[sections:]:
+            return f"{name} is {x.dtype} {tuple(x.shape)} on {x.device}, unlike positions or query"
+        try:
+            _heads_of(name, x, token_dims, head_size)
+        except Refused as refusal:
+            return str(refusal)
+    if cos_sin_cache.device != query.device or positions.device != query.device:
+        return f"cos_sin_cache on {cos_sin_cache.device} and positions on {positions.device}, query on {query.device}"
+    return None
+
+
+def _run(
+    positions: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor | None,
+    cos_sin_cache: torch.Tensor,
+    rotation: Rotation,
+) -> None:
+    refusal = rotary_embedding_refuses(
+        positions, query, key, rotation.head_size, cos_sin_cache, rotation.is_neox, rotation.rope_dim_offset,
+        rotation.inverse, rotation.mrope_section, rotation.mrope_interleaved,
+    )  # fmt: skip
+    if refusal is not None:
+        raise Refused(refusal)
+    call = bind_rotary_embedding(rotation, query.dtype, cos_sin_cache.dtype, query.get_device())
+    call(positions, query, key, cos_sin_cache)
+
+
+def rotary_embedding(
+    positions: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor | None,
+    head_size: int,
+    cos_sin_cache: torch.Tensor,
+    is_neox: bool,
+    rope_dim_offset: int = 0,
+    inverse: bool = False,
+) -> None:
+    """Turn pairs of elements of each head by the angle of its token's position, in place, in float32.
+
+    positions: [num_tokens] or [batch, seq_len], int64 or int32, contiguous. query: [*positions.shape, heads *
+    head_size] or [*positions.shape, heads, head_size], float16, bfloat16 or float32, evenly spaced tokens (a slice of
+    qkv will do). key: the same with its own number of heads, or None. cos_sin_cache: [max_position, rotary_dim],
+    cosines then sines, of any of the three dtypes. is_neox: a pair is (i, i + rotary_dim / 2), else (2i, 2i + 1).
+    rope_dim_offset: where in a head the rotated elements begin. inverse: turn back.
+
+    Source: https://arxiv.org/abs/2104.09864. Stands in for `torch.ops._C.rotary_embedding`. Raises Refused for what it
+    does not do.
+    """
+    _run(
+        positions, query, key, cos_sin_cache,
+        Rotation(head_size, cos_sin_cache.shape[-1], is_neox, rope_dim_offset, inverse),
+    )  # fmt: skip
+
+
+def mrotary_embedding(
+    positions: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor | None,
+    head_size: int,
+    cos_sin_cache: torch.Tensor,
+    is_neox: bool,
+    mrope_section: list[int],
+    mrope_interleaved: bool = False,
+) -> None:
+    """`rotary_embedding` with three positions a token (time, height, width), each for its section of the pairs.
+
+    positions: [3, num_tokens]. mrope_section: pairs of each section, rotary_dim / 2 in all. mrope_interleaved: the
+    sections take turns pair by pair (Qwen3-VL) instead of following one another (Qwen2-VL).
+
+    Stands in for the rotation of vLLM's `MRotaryEmbedding`. Raises Refused for what it does not do.
+    """
+    _run(
+        positions, query, key, cos_sin_cache,
+        Rotation(head_size, cos_sin_cache.shape[-1], is_neox, 0, False, tuple(mrope_section), mrope_interleaved),
+    )  # fmt: skip
+
+
+def _turned(
+    x: torch.Tensor, tokens: int, head_size: int, offset: int, cos: torch.Tensor, sin: torch.Tensor, is_neox: bool
+) -> torch.Tensor:
+    y = x.reshape(tokens, -1, head_size).clone()
+    half = cos.shape[-1]
+    part = y[..., offset : offset + 2 * half]
+    first, second = (part[..., :half], part[..., half:]) if is_neox else (part[..., ::2], part[..., 1::2])
+    a, b = first.clone(), second.clone()
+    first.copy_(a * cos[:, None] - b * sin[:, None])
+    second.copy_(b * cos[:, None] + a * sin[:, None])
+    return y.reshape(x.shape)
+
+
+def rotary_embedding_reference(
+    positions: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor | None,
+    head_size: int,
+    cos_sin_cache: torch.Tensor,
+    is_neox: bool,
+    rope_dim_offset: int = 0,
+    inverse: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    cos, sin = cos_sin_cache[positions.reshape(-1).long()].chunk(2, dim=-1)
+    sin = -sin if inverse else sin
+    tokens = positions.numel()
+    turned = [
+        None if x is None else _turned(x, tokens, head_size, rope_dim_offset, cos, sin, is_neox) for x in (query, key)
+    ]
+    return turned[0], turned[1]  # type: ignore[return-value]
+
+
+def mrotary_embedding_reference(
+    positions: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor | None,
+    head_size: int,
+    cos_sin_cache: torch.Tensor,
+    is_neox: bool,
+    mrope_section: list[int],
+    mrope_interleaved: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    half = cos_sin_cache.shape[-1] // 2
+    if mrope_interleaved:
+        section = [
+            1 if i % 3 == 1 and i < 3 * mrope_section[1] else 2 if i % 3 == 2 and i < 3 * mrope_section[2] else 0
+            for i in range(half)
+        ]
+    else:
+        section = [index for index, size in enumerate(mrope_section) for _ in range(size)]
+    pairs = torch.arange(half, device=query.device)
+    at = positions.long()[torch.tensor(section, device=query.device)].T  # [num_tokens, half]
+    cos, sin = cos_sin_cache[at, pairs], cos_sin_cache[at, half + pairs]
+    tokens = positions.shape[1]
+    turned = [None if x is None else _turned(x, tokens, head_size, 0, cos, sin, is_neox) for x in (query, key)]
+    return turned[0], turned[1]  # type: ignore[return-value]
+
+
+# Query heads, key heads, head size, rotated elements, NeoX: attention of Qwen2.5-7B and Llama-3.1-8B as slices of qkv,
+# of DeepSeek-V3 as the rope part of each head, one key for all.
+_MODELS: dict[str, dict[str, Any]] = {
+    "qwen2.5-7b": {"heads": (28, 4), "head_size": 128, "hidden_size": 3584},
+    "llama-3.1-8b": {"heads": (32, 8), "head_size": 128, "hidden_size": 4096},
+    "deepseek-v3": {"heads": (128, 1), "head_size": 64, "neox": False, "layout": "mla", "hidden_size": 7168},
+}
+
+_CASES = (
+    Case("neox", {"tokens": (5,), "heads": (4, 2), "head_size": 32}),
+    Case("gpt-j", {"tokens": (5,), "heads": (4, 2), "head_size": 32, "neox": False}),
+    Case("odd number of heads", {"tokens": (3,), "heads": (7, 3), "head_size": 48}),
+    Case("partial", {"tokens": (4,), "heads": (3, 1), "head_size": 40, "rotary_dim": 24}),
+    Case("partial gpt-j", {"tokens": (4,), "heads": (3, 1), "head_size": 40, "rotary_dim": 24, "neox": False}),
+    Case("no key", {"tokens": (4,), "heads": (3, 0), "head_size": 32}),
+    Case("float32 cache", {"tokens": (4,), "heads": (3, 1), "head_size": 32, "cache": "float32"}),
+    Case("bfloat16 cache", {"tokens": (4,), "heads": (3, 1), "head_size": 32, "cache": "bfloat16"}),
+    Case("three dimensions", {"tokens": (4,), "heads": (3, 2), "head_size": 32, "layout": "heads"}),
+    Case("slices of qkv", {"tokens": (4,), "heads": (3, 2), "head_size": 32, "layout": "qkv"}),
+    Case("rope part of heads", {"tokens": (4,), "heads": (3, 1), "head_size": 32, "layout": "mla", "neox": False}),
+    Case("batch and sequence", {"tokens": (2, 3), "heads": (3, 2), "head_size": 32}),
+    Case("int32 positions", {"tokens": (4,), "heads": (3, 2), "head_size": 32, "positions": "int32"}),
+    Case("offset", {"tokens": (4,), "heads": (3, 2), "head_size": 48, "rotary_dim": 16, "offset": 32}),
+    Case("inverse", {"tokens": (4,), "heads": (3, 2), "head_size": 32, "inverse": True}),
+    Case("empty", {"tokens": (0,), "heads": (3, 2), "head_size": 32}),
+    *(
+        Case(f"{model} {tokens}", {"layout": "qkv", **sizes, "tokens": (tokens,), "model": model}, bench=True)
+        for model, sizes in _MODELS.items()
+        for tokens in TOKENS
+    ),
+)
+
+_MROPE_CASES = (
+    Case("sections", {"tokens": (5,), "heads": (4, 2), "head_size": 32, "section": (4, 6, 6)}),
+    Case("interleaved", {"tokens": (5,), "heads": (4, 2), "head_size": 64, "section": (12, 10, 10), "turns": True}),
+    Case("slices of qkv", {"tokens": (4,), "heads": (3, 2), "head_size": 32, "section": (8, 4, 4), "layout": "qkv"}),
+    Case("empty", {"tokens": (0,), "heads": (3, 2), "head_size": 32, "section": (8, 4, 4)}),
+)
+
+_MAX_POSITION = 4096
+
+
+def _one(case: Case, heads: int, dtype: str, device: str) -> torch.Tensor | None:
+    tokens, head_size, layout = case["tokens"], case["head_size"], case.get("layout", "flat")
+    if heads == 0:
+        return None
+    if layout == "mla":
+        return strided((*tokens, heads, head_size), dtype, device, 0, 128)
+    if layout == "qkv":
+        return strided((*tokens, heads * head_size), dtype, device, 3 * head_size, 2 * head_size)
+    return randn((*tokens, heads, head_size) if layout == "heads" else (*tokens, heads * head_size), dtype, device)
+
+
+def _rotary_inputs(case: Case, dtype: str, device: str) -> dict[str, Any]:
+    q_heads, k_heads = case["heads"]
+    rotary_dim = case.get("rotary_dim", case["head_size"])
+    tokens = case["tokens"] if "section" not in case.params else (3, *case["tokens"])
+    angles = torch.rand(_MAX_POSITION, rotary_dim // 2, device=device) * 6.28
+    cache = torch.cat((angles.cos(), angles.sin()), dim=-1)
+    inputs: dict[str, Any] = {
+        "positions": torch.randint(_MAX_POSITION, tokens, device=device).to(dtype_of(case.get("positions", "int64"))),
+        "query": _one(case, q_heads, dtype, device),
+        "key": _one(case, k_heads, dtype, device),
+        "head_size": case["head_size"],
+        "cos_sin_cache": cache.to(dtype_of(case.get("cache", dtype))),
+        "is_neox": case.get("neox", True),
+    }
+    if "section" in case.params:
+        return inputs | {"mrope_section": list(case["section"]), "mrope_interleaved": case.get("turns", False)}
+    return inputs | {"rope_dim_offset": case.get("offset", 0), "inverse": case.get("inverse", False)}
+
+
+def _builds(case: Case, dtype: str) -> Iterator[Build]:
+    rotation = Rotation(
+        case["head_size"], case.get("rotary_dim", case["head_size"]), case.get("neox", True), case.get("offset", 0),
+        case.get("inverse", False), case.get("section", ()), case.get("turns", False),
+    )  # fmt: skip
+    dtypes = dtype_of(dtype), dtype_of(case.get("cache", dtype)), dtype_of(case.get("positions", "int64"))
+    for many in (False, True):
+        for is_aligned in (True, False):
+            yield _build(rotation, *dtypes, *case["heads"], many, is_aligned)
+
+
+def _traffic(positions: torch.Tensor, query: torch.Tensor, key: torch.Tensor | None, **rest: Any) -> int:
+    rotary_dim, head_size = rest["cos_sin_cache"].shape[-1], rest["head_size"]
+    turned = 2 * nbytes(query, key) * rotary_dim // head_size
+    # Each token's angles are read once, though some tokens may share them.
+    return nbytes(positions) + turned + positions.numel() * rotary_dim * rest["cos_sin_cache"].element_size()
+
+
+def _stock_call(op: Callable[..., None], **inputs: Any) -> None:
+    op(*inputs.values())
+
+
+ROTARY_EMBEDDING = Kernel(
+    name="rotary_embedding",
+    op=rotary_embedding,
+    reference=rotary_embedding_reference,
+    refuses=rotary_embedding_refuses,
+    inputs=_rotary_inputs,
+    results=("query", "key"),
+    cases=_CASES,
+    builds=_builds,
+    schema="rotary_embedding(Tensor positions, Tensor(a!) query, Tensor(b!)? key, int head_size, "
+    "Tensor cos_sin_cache, bool is_neox, int rope_dim_offset=0, bool inverse=False) -> ()",
+    fake=lambda *args, **named: None,
+    stock="_C::rotary_embedding",
+    stock_call=_stock_call,
+    traffic=_traffic,
+)
+
+MROTARY_EMBEDDING = Kernel(
+    name="mrotary_embedding",
+    op=mrotary_embedding,
+    reference=mrotary_embedding_reference,
+    refuses=rotary_embedding_refuses,
+    inputs=_rotary_inputs,
+    results=("query", "key"),
+    cases=_MROPE_CASES,
+    builds=_builds,
+    schema="mrotary_embedding(Tensor positions, Tensor(a!) query, Tensor(b!)? key, int head_size, "
+    "Tensor cos_sin_cache, bool is_neox, int[] mrope_section, bool mrope_interleaved=False) -> ()",
+    fake=lambda *args, **named: None,
+    traffic=_traffic,
+)
+
+KERNELS = (ROTARY_EMBEDDING, MROTARY_EMBEDDING)
