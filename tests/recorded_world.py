@@ -1,4 +1,4 @@
-"""vLLM releases as `tools/record_vllm.py` has recorded them, asked the questions that a probe asks of an installed one."""
+"""vLLM releases as `tools/record_vllm.py` recorded them, asked the questions that a probe asks of an installed one."""
 
 from __future__ import annotations
 

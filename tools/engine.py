@@ -2,8 +2,10 @@
 
     python tools/engine.py SPEC.json RESULT.json
 
-SPEC is `{"jobs": [JOB, ...], "watch": false}`; the fields of a job are those of `Job`. RESULT is
-`{"jobs": {name: {"tokens", "texts", "scores", "hits", "seconds"}}, "report", "modules", "changed"}`.
+SPEC is `{"jobs": [JOB, ...], "watch": false}`; the fields of a job are those of `Job`. RESULT has, for each job by its
+name, "dtype", "tokens", "texts", "scores", "hits" (by patch) and "seconds"; and of the process at its end the plugin's
+"report" and the same as a "table" (null and empty if it is off), the "modules" of the plugin that were imported, and
+if SPEC asks to "watch", which methods of vLLM's layers have "changed".
 
 This program never mentions the plugin to vLLM: that vLLM finds it by its entry point is part of what is tried. Whether
 it is switched on, how many processes vLLM starts and where reports go is for the caller to say in the environment;
@@ -16,13 +18,13 @@ import dataclasses
 import gc
 import json
 import os
-import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from setup_env import has_gpu  # a neighbour of this file; by the driver's tool, since vLLM must be first to touch CUDA
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +33,7 @@ class Job:
 
     name: str
     model: str
-    dtype: str
+    dtype: str = ""  # "float32" on a CPU and "bfloat16" on a GPU unless the job says
     runner: str = "vllm"  # or "transformers": eager attention, no cache, no tricks
     # Prompts as token ids; or as text, which goes through the model's chat template if there is one.
     prompts: tuple[Any, ...] = ()
@@ -41,18 +43,14 @@ class Job:
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # more arguments of vllm.LLM
 
 
-def has_gpu() -> bool:
-    """Whether the NVIDIA driver answers; CUDA itself must stay untouched until vLLM has started its processes."""
-    tool = shutil.which("nvidia-smi")
-    return tool is not None and subprocess.run([tool, "-L"], capture_output=True).returncode == 0
-
-
 def prepare(ranks: int) -> None:
     """Set what vLLM reads from the environment, before it is imported; what the caller has set stays."""
     defaults = {
         "HF_HUB_OFFLINE": "1",  # every model is a folder here
         "VLLM_NO_USAGE_STATS": "1",
-        "VLLM_LOGGING_LEVEL": "WARNING",
+        # On a CPU vLLM warns dozens of times of what a CPU does not have.
+        "VLLM_LOGGING_LEVEL": "ERROR",
+        "TORCH_CPP_LOG_LEVEL": "ERROR",
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the report of this process is then the whole report
         "TOKENIZERS_PARALLELISM": "false",
     }
@@ -75,14 +73,19 @@ def say(text: str) -> None:
     print(f"  {text}", flush=True)
 
 
-def _hits() -> dict[str, int]:
-    """Calls that each patch has answered so far in this process; none if vLLM has not loaded the plugin."""
-    if "vllm_gems.plugin" not in sys.modules:
-        return {}
+def _report() -> Any:
+    """The plugin's report, or None if it is off or vLLM has not loaded it; asking must not be what loads it."""
+    if "vllm_gems.api" not in sys.modules:
+        return None
     import vllm_gems
 
+    return vllm_gems.report()
+
+
+def _hits() -> dict[str, int]:
+    """Calls that each patch has answered so far in this process."""
     hits: dict[str, int] = {}
-    for row in vllm_gems.report().rows:
+    for row in report.rows if (report := _report()) else ():
         hits[row.patch] = hits.get(row.patch, 0) + row.hits
     return hits
 
@@ -97,12 +100,21 @@ def _with_template(tokenizer: Any, prompt: Any) -> Any:
     return tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
 
 
+def _known(model: str) -> None:
+    """Spare vLLM the process of 20 seconds in which it looks at an architecture that it meets for the first time."""
+    from vllm import ModelRegistry
+
+    for name in json.loads((Path(model) / "config.json").read_text())["architectures"]:
+        ModelRegistry.register_model(name, ModelRegistry.models[name].load_model_cls())
+
+
 def run_vllm(job: Job) -> dict[str, Any]:
     """Generate greedily and score in a vLLM engine."""
     from vllm import LLM, SamplingParams
 
     started = time.monotonic()
-    options = {"max_model_len": 512, "enforce_eager": True, "enable_prefix_caching": False, **job.options}
+    quiet = {"use_tqdm_on_load": False, "disable_log_stats": True}
+    options = {"max_model_len": 512, "enforce_eager": True, "enable_prefix_caching": False, **quiet, **job.options}
     llm = LLM(job.model, dtype=job.dtype, seed=0, **options)
     say(f"{job.name}: engine started in {time.monotonic() - started:.0f} s")
     tokens: list[list[int]] = []
@@ -113,7 +125,7 @@ def run_vllm(job: Job) -> dict[str, Any]:
         (output,) = llm.generate([_with_template(llm.get_tokenizer(), prompt)], greedy, use_tqdm=False)
         tokens.append(list(output.outputs[0].token_ids))
         texts.append(output.outputs[0].text)
-        say(f"{job.name}: {len(tokens[-1])} tokens in {time.monotonic() - began:.1f} s: {texts[-1]!r}")
+        say(f"{job.name}: {len(tokens[-1])} tokens in {time.monotonic() - began:.1f} s")
     scores: list[list[float]] = []
     if job.score:
         params = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=1)
@@ -159,7 +171,7 @@ def methods_of_vllm() -> dict[str, object]:
     """Every function in every class of vLLM that can be replaced layer-wise, as it is now."""
     import vllm.model_executor.layers.activation
     import vllm.model_executor.layers.layernorm
-    import vllm.model_executor.layers.rotary_embedding
+    import vllm.model_executor.layers.rotary_embedding  # noqa: F401  (they register their classes)
     from vllm.model_executor.custom_op import op_registry
 
     classes = {base for cls in op_registry.values() for base in cls.__mro__ if base.__module__.startswith("vllm.")}
@@ -175,28 +187,28 @@ def main() -> None:
     if len(sys.argv) != 3:
         sys.exit(__doc__)
     spec = json.loads(Path(sys.argv[1]).read_text())
-    jobs = [Job(**fields) for fields in spec["jobs"]]
+    dtype = "bfloat16" if has_gpu() else "float32"
+    jobs = [Job(**{"dtype": dtype, **fields}) for fields in spec["jobs"]]
     prepare(max(job.options.get("tensor_parallel_size", 1) for job in jobs))
     before = methods_of_vllm() if spec.get("watch") else {}
     results: dict[str, Any] = {}
-    for job in jobs:
+    for number, job in enumerate(jobs):
         started, hits = time.monotonic(), _hits()
-        results[job.name] = RUNNERS[job.runner](job)
+        if number:  # the first goes the way that every user's engine goes
+            _known(job.model)
+        answer = RUNNERS[job.runner](job)
         gc.collect()  # the engine's memory, before the next one asks how much there is
-        results[job.name]["hits"] = {name: count - hits.get(name, 0) for name, count in _hits().items()}
-        results[job.name]["seconds"] = round(time.monotonic() - started, 1)
+        answer["hits"] = {name: count - hits.get(name, 0) for name, count in _hits().items()}
+        results[job.name] = {"dtype": job.dtype, "seconds": round(time.monotonic() - started, 1), **answer}
     after = methods_of_vllm() if before else {}
+    report = _report()
     result: dict[str, Any] = {
         "jobs": results,
-        "report": None,
+        "report": report.to_json() if report else None,
+        "table": str(report) if report else "",
         "modules": sorted(name for name in sys.modules if name.partition(".")[0] == "vllm_gems"),
         "changed": sorted(name for name, value in before.items() if after.get(name) is not value),
     }
-    if "vllm_gems.plugin" in sys.modules:
-        import vllm_gems
-
-        result["report"] = vllm_gems.report().to_json()
-        result["table"] = str(vllm_gems.report())
     Path(sys.argv[2]).write_text(json.dumps(result, indent=1))
 
 

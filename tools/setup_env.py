@@ -62,7 +62,7 @@ def extras() -> dict[str, tuple[str, ...]]:
 def has_gpu() -> bool:
     """Whether the NVIDIA driver answers; nothing is imported for it."""
     tool = shutil.which("nvidia-smi")
-    return tool is not None and subprocess.run([tool, "-L"], capture_output=True).returncode == 0
+    return tool is not None and subprocess.run([tool, "-L"], check=False, capture_output=True).returncode == 0
 
 
 def alias_wheel(folder: Path, version: str) -> Path:
@@ -104,7 +104,7 @@ def steps(venv: Path, flavour: str, scratch: Path) -> Iterator[Step]:
         yield from cpu_steps(pip, wanted["cpu"], scratch)
     # setuptools is what the last step builds with; one that is there is left as it is.
     helpers = dict.fromkeys((*wanted["core"], *wanted["test"], *wanted["dev"], "setuptools>=64"))
-    yield Step("what the checks need", (*pip, "install", *helpers))
+    yield Step("what the checks need", (*pip, "install", "--no-compile", *helpers))
     yield Step("converters for the demo's model", (*pip, "install", "--no-deps", *CONVERTERS))
     yield Step(
         "this project, editable",
@@ -138,8 +138,8 @@ def run(step: Step, log: Path) -> int:
             try:
                 return process.wait(HEARTBEAT)
             except subprocess.TimeoutExpired:
-                lines = log.read_text(errors="replace").split("\n")
-                last = next((line.strip() for line in reversed(lines) if line.strip()), "")
+                lines = [line.strip() for line in log.read_text(errors="replace").split("\n")]
+                last = next((line for line in reversed(lines) if line and not line.startswith("WARNING")), "")
                 print(f"      {time.monotonic() - started:4.0f} s  {last[:100]}", flush=True)
 
 
@@ -177,7 +177,7 @@ def main() -> None:
     args = parser.parse_args()
     if sys.version_info < OLDEST_PYTHON:
         wanted = ".".join(map(str, OLDEST_PYTHON))
-        sys.exit(f"Python {wanted} or newer is needed, this is {sys.version.split()[0]}: make ... PYTHON=python{wanted}")
+        sys.exit(f"This is Python {sys.version.split()[0]}, {wanted} is needed: make PYTHON=python{wanted} ...")
     # An environment variable of the caller's shell must not lead pip or Python to packages outside the environment.
     for name in ("PYTHONPATH", "PYTHONHOME", "PIP_TARGET", "PIP_PREFIX", "PIP_USER"):
         os.environ.pop(name, None)

@@ -21,6 +21,7 @@ from typing import Any
 from .errors import GemsError
 
 Array = Any  # numpy.ndarray; numpy is imported by install()
+Function = Callable[..., Array]
 
 _LOCK = threading.Lock()
 
@@ -96,19 +97,19 @@ def install() -> None:
     """Correct Triton's interpreter, once per process; calling it again changes nothing.
 
     Kernels may be defined before or after. libdevice functions must be called as attributes of their module: a name
-    imported from it earlier stays what it was.
+    imported from it before stays what it was.
 
-    Raises NotInterpretedError, MissingMlDtypesError or InterpreterDriftError, and then nothing has been changed.
+    Raises InterpreterDriftError, NotInterpretedError or MissingMlDtypesError, and then nothing has been changed.
     """
     with _LOCK:
-        _check_internals()
         interpreter = import_module("triton.runtime.interpreter")
-        if isinstance(interpreter._interpreter, _Memory):
+        if isinstance(getattr(interpreter, "_interpreter", None), _Memory):
             return
+        _check_internals()
         if not isinstance(import_module("triton.language").sum, interpreter.InterpretedFunction):
             raise NotInterpretedError
         formats = _Formats()
-        _hold(interpreter, formats)
+        _replace_memory(interpreter, formats)
         _replace_builder(interpreter, formats)
         _replace_reductions(interpreter, formats)
         _replace_libdevice(interpreter.interpreter_semantic)
@@ -129,33 +130,33 @@ class _Formats:
 
     def __init__(self) -> None:
         try:
-            import ml_dtypes
+            ml_dtypes: Any = import_module("ml_dtypes")
         except ImportError as error:
             raise MissingMlDtypesError from error
         import numpy as np
 
         self.by_name = {name: np.dtype(getattr(ml_dtypes, held)) for name, held in _HELD.items()}
-        self.held = frozenset(self.by_name.values())
-        self.narrow = self.held | {np.dtype(np.float16)}
-        self.limits = {dtype: float(ml_dtypes.finfo(dtype).max) for dtype in self.held if dtype.itemsize == 1}
+        self.raw = {dtype: np.dtype(f"u{dtype.itemsize}") for dtype in self.by_name.values()}
+        self.narrow = {*self.raw, np.dtype("f2")}
+        self.limits = {dtype: float(ml_dtypes.finfo(dtype).max) for dtype in self.raw if dtype.itemsize == 1}
 
     def bits(self, data: Array) -> Array:
         """`data` as the C++ half of the interpreter takes it: unsigned integers in place of a held type."""
-        return data.view(f"u{data.dtype.itemsize}") if data.dtype in self.held else data
+        return data.view(self.raw.get(data.dtype, data.dtype))
 
     def widen(self, data: Array) -> Array:
-        """`data` in fp32 if it is a float of fewer bits; exact."""
+        """`data` in fp32 if it is a narrower float; exact."""
         return data.astype("f4") if data.dtype in self.narrow else data
 
     def cast(self, data: Array, dtype: Any) -> Array:
         """`data` as `dtype`, rounded once, to nearest even; fp8 saturates as NVIDIA's cvt.rn.satfinite does."""
         data = self.widen(data)
-        if dtype not in self.held:
+        if dtype not in self.raw:
             return data.astype(dtype)
         if data.dtype != "f4":  # ml_dtypes would round to fp32 first, and then again
             exact = data.astype("f8")
             near = exact.astype("f4")
-            data = _to_odd(near, exact - near)
+            data = _to_odd(near, exact > near, exact < near)
         if dtype in self.limits:
             data = data.clip(-self.limits[dtype], self.limits[dtype])
         return data.astype(dtype)
@@ -166,24 +167,30 @@ class _Formats:
         beyond = abs(near.astype("f8")) > abs(data.astype("f8"))
         return (near.view(f"u{dtype.itemsize}") - beyond).view(dtype)  # one step nearer to zero, whatever the sign
 
-    def fma(self, x: Array, y: Array, z: Array) -> Array:
-        """x * y + z of values of at most 32 bits, in fp64 so that rounding it to their type rounds the exact value."""
-        product, z = x.astype("f8") * y.astype("f8"), z.astype("f8")  # the product is exact
-        total = product + z
-        part = total - product
-        return _to_odd(total, (product - (total - part)) + (z - part))
 
+def _to_odd(near: Array, above: Array, below: Array) -> Array:
+    """`near`, or its odd neighbour where it is even and the exact value lies `above` or `below` it.
 
-def _to_odd(near: Array, error: Array) -> Array:
-    """`near`, or where it differs from the exact value near + error and is even, its odd neighbour on that side.
-
-    Rounding once more, to a type with at least two bits fewer, then gives what rounding the exact value would.
+    Rounding that again, to a type with at least two bits fewer, gives what rounding the exact value once would.
     """
     import numpy as np
 
     even = near.view(f"u{near.dtype.itemsize}") & 1 == 0
-    up, down = (np.nextafter(near, near.dtype.type(end)) for end in (np.inf, -np.inf))
-    return np.where(even & (error > 0), up, np.where(even & (error < 0), down, near))
+    infinity = near.dtype.type(np.inf)
+    up, down = np.nextafter(near, infinity), np.nextafter(near, -infinity)
+    return np.where(even & above, up, np.where(even & below, down, near))
+
+
+def _fma(x: Array, y: Array, z: Array) -> Array:
+    """x * y + z of floats of at most 32 bits, as the fp64 value that rounds to their type as the exact one does."""
+    import numpy as np
+
+    with np.errstate(invalid="ignore"):  # infinities make NaNs, here as on a GPU
+        product, addend = x.astype("f8") * y.astype("f8"), z.astype("f8")  # the product is exact
+        near = product + addend
+        part = near - product
+        error = (product - (near - part)) + (addend - part)
+    return _to_odd(near, error > 0, error < 0)
 
 
 class _Memory:
@@ -196,9 +203,189 @@ class _Memory:
         return getattr(self._native, name)
 
     def load(self, pointers: Array, mask: Array, other: Array, dtype: Any) -> Array:
-        bits = self._formats.bits(other)
-        raw = f"u{dtype.itemsize}" if dtype in self._formats.held else dtype
-        return self._native.load(pointers, mask, bits, bits.dtype.newbyteorder("=") if raw != dtype else dtype).view(dtype)
+        raw = self._formats.raw.get(dtype, dtype)
+        return self._native.load(pointers, mask, self._formats.bits(other), raw).view(dtype)
 
     def store(self, pointers: Array, values: Array, mask: Array) -> None:
         self._native.store(pointers, self._formats.bits(values), mask)
+
+    def atomic_cas(self, pointers: Array, compare: Array, values: Array, order: Any) -> Array:
+        bits = self._formats.bits
+        return self._native.atomic_cas(pointers, bits(compare), bits(values), order).view(values.dtype)
+
+    def atomic_rmw(self, operation: Any, pointers: Array, values: Array, mask: Array, order: Any) -> Array:
+        """Triton allows addition alone on bf16, and nothing on fp8; one at a time, for addresses may repeat."""
+        if values.dtype not in self._formats.raw:
+            return self._native.atomic_rmw(operation, pointers, values, mask, order)
+        before = values.copy()
+        for index in range(values.size):
+            one = slice(index, index + 1)
+            where = pointers.reshape(-1)[one], mask.reshape(-1)[one]
+            before.reshape(-1)[one] = self.load(*where, values.reshape(-1)[one], values.dtype)
+            self.store(where[0], before.reshape(-1)[one] + values.reshape(-1)[one], where[1])
+        return before
+
+
+def _replace_memory(interpreter: Any, formats: _Formats) -> None:
+    stock = interpreter._get_np_dtype
+
+    def numpy_type(ty: Any) -> Any:
+        name = ty.scalar.name
+        return formats.by_name[name] if name in formats.by_name else stock(ty)
+
+    interpreter._get_np_dtype = numpy_type
+    interpreter._interpreter = _Memory(interpreter._interpreter, formats)
+    if hasattr(interpreter, "_mxfp_value_handle_to_float32"):  # tl.dot_scaled, since Triton 3.8
+        decode = interpreter._mxfp_value_handle_to_float32
+
+        def to_float32(handle: Any) -> Array:
+            return formats.widen(handle.data) if handle.data.dtype in formats.raw else decode(handle)
+
+        interpreter._mxfp_value_handle_to_float32 = to_float32
+
+
+def _replace_builder(interpreter: Any, formats: _Formats) -> None:
+    """Give the one builder that Triton made at import, and any made later, the operations that are wrong as shipped."""
+    import numpy as np
+
+    Handle = interpreter.TensorHandle
+    functions = _libdevice()
+
+    class Builder(interpreter.InterpreterBuilder):
+        def get_bf16(self, value: float) -> Any:  # Triton 3.6 has none
+            return self.cast_impl(self.get_fp32(value), self.get_bf16_ty())
+
+        def cast_impl(self, src: Any, dst_type: Any) -> Any:
+            return Handle(formats.cast(src.data, interpreter._get_np_dtype(dst_type)), dst_type.scalar)
+
+        def create_fp_to_fp(self, src: Any, dst_type: Any, rounding_mode: Any) -> Any:
+            if "fp8e4b15" in (src.dtype.scalar.name, dst_type.scalar.name):
+                return super().create_fp_to_fp(src, dst_type, rounding_mode)
+            toward_zero = rounding_mode == interpreter._ir.ROUNDING_MODE.RTZ
+            convert = formats.truncate if toward_zero else formats.cast
+            return Handle(convert(src.data, interpreter._get_np_dtype(dst_type)), dst_type.scalar)
+
+        def create_dot(self, a: Any, b: Any, d: Any, *precision: Any) -> Any:
+            wide = (
+                Handle(formats.widen(h.data), self.get_float_ty() if h.data.dtype in formats.narrow else h.dtype)
+                for h in (a, b, d)
+            )
+            return self.cast_impl(super().create_dot(*wide, *precision), d.dtype)
+
+        def create_fma(self, x: Any, y: Any, z: Any) -> Any:
+            if z.data.dtype == "f8":
+                return super().create_fma(x, y, z)
+            return Handle(formats.cast(_fma(x.data, y.data, z.data), z.data.dtype), z.dtype.scalar)
+
+        # A NaN loses against a number, unless it is asked to propagate; so Triton 3.8 and later have it.
+        def create_minnumf(self, lhs: Any, rhs: Any) -> Any:
+            return self.binary_op(lhs, rhs, np.fmin)
+
+        def create_maxnumf(self, lhs: Any, rhs: Any) -> Any:
+            return self.binary_op(lhs, rhs, np.fmax)
+
+        def create_clampf(self, arg: Any, lo: Any, hi: Any, propagate_nans: Any) -> Any:
+            if propagate_nans == interpreter._ir.PROPAGATE_NAN.NONE:
+                return self.create_minnumf(self.create_maxnumf(arg, lo), hi)
+            return super().create_clampf(arg, lo, hi, propagate_nans)
+
+        def create_extern_elementwise(
+            self, library: str, path: str, symbol: str, arguments: list[Any], result_type: Any, pure: bool
+        ) -> Any:
+            if symbol not in functions:
+                raise NotImplementedError(f"{symbol} has no numpy counterpart here; compute it with tl functions")
+            wide = (h.data.astype("f8") if h.data.dtype.kind == "f" else h.data for h in arguments)
+            with np.errstate(all="ignore"):
+                result = formats.cast(functions[symbol](*wide), interpreter._get_np_dtype(result_type))
+            return Handle(result, result_type.scalar)
+
+    interpreter.InterpreterBuilder = Builder
+    interpreter.interpreter_builder.__class__ = Builder
+
+
+def _replace_reductions(interpreter: Any, formats: _Formats) -> None:
+    """Sum bf16 and fp16 in fp32 and round at the end; one by one, a bf16 sum of ones would stop at 256."""
+    import numpy as np
+
+    def sum_(self: Any, input: Any) -> Any:
+        wide = formats.widen(input.handle.data)
+        return self.to_tensor(np.sum(wide, axis=self.axis, keepdims=self.keep_dims), input.dtype)
+
+    def cumsum(self: Any, input: Any) -> list[Any]:
+        return [self.to_tensor(np.cumsum(formats.widen(input.handle.data), axis=self.axis), input.dtype)]
+
+    interpreter.ReduceOps.sum = sum_
+    interpreter.ScanOps.cumsum = cumsum
+
+
+def _libdevice() -> dict[str, Function]:
+    """Symbols of NVIDIA's libdevice as numpy functions: floats come in fp64, and the result is rounded afterwards."""
+    import numpy as np
+
+    smooth = "cbrt cos cosh exp exp2 expm1 hypot log log10 log1p log2 sin sinh sqrt tan tanh"
+    exact = "ceil copysign fabs floor fmod rint trunc"
+    plain: dict[str, Function] = {name: getattr(np, name) for name in (*smooth.split(), *exact.split())}
+    plain |= {f"a{name}": getattr(np, f"arc{name}") for name in ("cos", "cosh", "sin", "sinh", "tan", "tan2", "tanh")}
+    plain |= {
+        "erf": np.vectorize(math.erf, otypes=["f8"]),
+        "erfc": np.vectorize(math.erfc, otypes=["f8"]),
+        "exp10": partial(np.power, 10.0),
+        "llrint": np.rint,
+        "llround": _round_half_away,
+        "nearbyint": np.rint,
+        "pow": np.power,
+        "powi": np.power,
+        "round": _round_half_away,
+        "rsqrt": lambda x: 1 / np.sqrt(x),
+    }
+    fast = ("cos", "exp", "exp10", "log", "log10", "log2", "pow", "sin", "tan")
+    rounded: dict[str, Function] = {
+        "add": np.add,
+        "div": np.divide,
+        "mul": np.multiply,
+        "rcp": np.reciprocal,
+        "rsqrt": plain["rsqrt"],
+        "sqrt": np.sqrt,
+        "sub": np.subtract,
+    }
+    tests: dict[str, Function] = {"isinf": np.isinf, "isnan": np.isnan, "signbit": np.signbit}
+    return {
+        **{f"__nv_{name}{kind}": function for name, function in plain.items() for kind in ("", "f")},
+        **{f"__nv_{kind}{name}_rn": function for name, function in rounded.items() for kind in "df"},
+        **{f"__nv_{name}{kind}": function for name, function in tests.items() for kind in "df"},
+        **{f"__nv_fast_{name}f": plain[name] for name in fast},
+        "__nv_abs": np.abs,
+        "__nv_fast_fdividef": np.divide,
+        "__nv_finitef": np.isfinite,
+        "__nv_fmaf": _fma,
+        "__nv_fmaf_rn": _fma,
+        "__nv_isfinited": np.isfinite,
+        "__nv_llabs": np.abs,
+    }
+
+
+def _round_half_away(x: Array) -> Array:
+    import numpy as np
+
+    fraction, whole = np.modf(x)
+    return whole + np.trunc(2 * fraction)
+
+
+def _replace_libdevice(semantic: Any) -> None:
+    """Send the stubs, and the functions a kernel may import from the CUDA backend itself, to our builder.
+
+    Going through Triton's own table of symbols keeps its checks: a type that libdevice lacks is an error here too.
+    """
+    cuda = import_module("triton.language.extra.cuda.libdevice")
+    stubs = import_module("triton.language.extra.libdevice")
+    for name, function in list(vars(cuda).items()):
+        if getattr(function, "__triton_builtin__", False):
+            bound = partial(function, _semantic=semantic)
+            setattr(cuda, name, bound)
+            setattr(stubs, name, bound)
+
+
+def _run_once(kernel_call: Callable[[], None], quantiles: tuple[float, ...]) -> list[float]:
+    """Stand in for the autotuner's benchmark: every configuration runs, which tests it, and the first one wins."""
+    kernel_call()
+    return [0.0] * len(quantiles)

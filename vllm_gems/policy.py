@@ -96,6 +96,16 @@ class Policy:
         return f"{int(self.enabled)};{','.join(self.include)};{','.join(self.exclude)}"
 
 
+def read_variables() -> dict[str, str]:
+    """The present value of every variable in `VARIABLES`."""
+    return {name: os.environ.get(name, default) for name, (default, _) in VARIABLES.items()}
+
+
 def triton_interpreted() -> bool:
     """Whether Triton kernels run in its interpreter in this process; Triton's own variable, read before its import."""
     return os.environ.get("TRITON_INTERPRET", "").strip().lower() not in _FALSE
+
+
+def batch_invariant() -> bool:
+    """Whether vLLM promises results that do not depend on the batch; its own variable."""
+    return os.environ.get("VLLM_BATCH_INVARIANT", "").strip().lower() not in _FALSE

@@ -41,7 +41,11 @@ def _literal(text: str) -> str:
 
 
 def signature_of(function: Callable[..., Any]) -> str:
-    """Parameter names and defaults of a live callable; annotations come and go between releases and mean nothing."""
+    """Parameter names and defaults of a live callable; annotations come and go between releases and mean nothing.
+
+    A default whose repr is no literal reads "...". The syntax tree cannot tell that `x=LIMIT` is a number, so such a
+    function does not compare; none that a seam names has one.
+    """
     signature = inspect.signature(function)
     bare = []
     for parameter in signature.parameters.values():
@@ -80,14 +84,18 @@ def decorators_of(node: FunctionNode) -> frozenset[str]:
 
 
 def hash_of(function: Callable[..., Any]) -> str:
-    """A hash of what a live function made by `def` does; raises OSError or TypeError where there is no source."""
+    """A hash of what a live function does; OSError or TypeError if it has no source, or is not made by `def`."""
+    if getattr(inspect.unwrap(function), "__name__", "") == "<lambda>":
+        raise TypeError("a lambda shares its lines with other code")
     source = inspect.getsource(function)
     if source[:1].isspace():  # a method: dedenting would also change its string literals of several lines
         source = "if True:\n" + source
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, FunctionNode):
-            return hash_from_ast(node)
-    raise TypeError(f"{function!r} is not made by a def statement")
+    node = ast.parse(source).body[0]
+    if isinstance(node, ast.If):
+        node = node.body[0]
+    if not isinstance(node, FunctionNode):
+        raise TypeError(f"{function!r} is not made by a def statement")
+    return hash_from_ast(node)
 
 
 def hash_from_ast(node: FunctionNode) -> str:
@@ -102,19 +110,19 @@ def hash_from_ast(node: FunctionNode) -> str:
     return hashlib.sha256(ast.unparse(bare).encode()).hexdigest()[:16]
 
 
-# "Tensor(a!)" and, as the dispatcher prints the schemas of stable-ABI libraries, "Tensor($0! -> )". The lookbehind
-# spares the overload in "aten::add.Tensor(".
-_ALIAS = re.compile(r"(?<![.\w])Tensor\(([^()]*)\)")
+# "Tensor(a!)" and, as the dispatcher prints the schemas of stable-ABI libraries, "Tensor($0! -> )" and "int($1! -> )?".
+_ALIAS = re.compile(r"(?<=\w)\(([^()]*)\)")
 _ARGUMENT = re.compile(r"(?P<type>\(.*?\)\S*|\S+?)(?:\s+\w+)?\s*(?:=\s*(?P<default>.*))?")
 _CONSTANTS = {"true": "True", "false": "False", "none": "None"}
 
 
 def normalise_schema(schema: str) -> str:
     """An op's schema without its name, parameter names and alias letters: what a caller by position depends on."""
-    bare = _ALIAS.sub(lambda alias: "Tensor!" if "!" in alias[1] else "Tensor", " ".join(schema.split()))
-    bare = bare.replace(" !", "! ")  # some of vLLM's own say "Tensor !out"
-    arguments, _, returns = re.sub(r"\bSymInt\b", "int", bare).rpartition("->")
-    arguments = arguments[arguments.index("(") :].strip()
+    bare = " ".join(schema.split())
+    bare = bare[bare.index("(") :].replace(" !", "! ")  # some of vLLM's own say "Tensor !out"
+    bare = _ALIAS.sub(lambda alias: "!" if "!" in alias[1] else "", re.sub(r"\bSymInt\b", "int", bare))
+    arguments, _, returns = bare.rpartition("->")
+    arguments = arguments.strip()
     returns = returns.strip()
     if not returns.startswith("("):
         returns = f"({returns})"

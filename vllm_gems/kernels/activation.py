@@ -7,6 +7,7 @@ input's dtype before the product, so do we.
 from __future__ import annotations
 
 import functools
+import inspect
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -20,18 +21,12 @@ import triton.language as tl
 from ..errors import Refused
 from ..launch import Build, Launch, allocator, launcher, pointer
 from ..nouns import Case, Kernel
-from .common import TOKENS, nbytes, randn, rows_of, strided
+from .common import TOKENS, nbytes, power_of_two, randn, rows_of, strided
 
 
 @triton.jit
 def _sigmoid(x):
     return 1.0 / (1.0 + tl.exp(-x))
-
-
-@triton.jit
-def _tanh(x):
-    # exp overflows to infinity for large x and vanishes for small, and both give the right limit.
-    return 1.0 - 2.0 / (tl.exp(2.0 * x) + 1.0)
 
 
 @triton.jit
@@ -42,7 +37,8 @@ def _apply(x, FORMULA: tl.constexpr, A: tl.constexpr):
     elif FORMULA == "gelu":
         y = 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
     elif FORMULA == "gelu_tanh":
-        y = 0.5 * x * (1.0 + _tanh(0.7978845608028654 * (x + 0.044715 * x * x * x)))
+        # (1 + tanh(z)) / 2 is sigmoid(2 z), which does not cancel where tanh nears -1.
+        y = x * _sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
     elif FORMULA == "quick_gelu":
         y = x * _sigmoid(1.702 * x)
     elif FORMULA == "fatrelu":
@@ -163,13 +159,16 @@ _FORMULAS = (
 _BY_NAME = {row.name: row for row in _FORMULAS}
 
 
+# From this many elements of the result on, the GPU is full. Measured on an H100 with rows of 14336 to 18944: below, 4
+# elements a thread beat 8 by 3% to 5%; above, 8 (one 16-byte access) are within 0.5% of the best from 512 rows on.
+_MANY_ELEMENTS = 1 << 20
+_PER_THREAD = {False: 4, True: 8}  # by whether there are many
+
+
 def _tiling(width: int, many: bool) -> tuple[int, int]:
     """(elements of the result per program, warps)."""
-    return 1024, 4
-
-
-# From this many elements of the result on, the GPU is full and programs may be larger.
-_MANY_ELEMENTS = 1 << 22
+    block = min(1024, max(256, power_of_two(width))) if width else 1024
+    return block, block // (32 * _PER_THREAD[many])
 
 
 def _build(
@@ -206,13 +205,14 @@ def bind_activation(
     """
     gated = bool(_BY_NAME[name].order)
     width = last // 2 if gated else 0
+    block, _ = _tiling(width, True)
+    blocks = (width + block - 1) // block  # of a row
 
     @functools.cache
-    def tiled(many: bool, aligned: bool) -> tuple[Launch, int]:
-        build = _build(name, dtype, width, params, many, aligned)
-        return launcher(build, device), dict(build.constexprs)["BLOCK"]
+    def launch_for(many: bool, aligned: bool) -> Launch:
+        return launcher(_build(name, dtype, width, params, many, aligned), device)
 
-    (few, few_block), (many, many_block) = tiled(False, True), tiled(True, True)
+    few, many = launch_for(False, True), launch_for(True, True)
     empty = allocator(device, dtype)
 
     def gated_call(x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
@@ -228,10 +228,10 @@ def bind_activation(
             rows, stride = found[0], found[2]
         result = empty(rows, width) if out is None else out
         x_at, out_at = x.data_ptr(), result.data_ptr()
-        launch, block = (few, few_block) if rows * width < _MANY_ELEMENTS else (many, many_block)
+        launch = few if rows * width < _MANY_ELEMENTS else many
         if (x_at | out_at | stride) & 15:
-            launch, block = tiled(rows * width >= _MANY_ELEMENTS, False)
-        launch(rows * ((width + block - 1) // block), x_at, out_at, 0, stride)
+            launch = launch_for(launch is many, False)
+        launch(rows * blocks, x_at, out_at, 0, stride)
         return result if out is not None or len(shape) == 2 else result.view(*shape[:-1], width)
 
     def plain_call(x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
@@ -242,9 +242,9 @@ def bind_activation(
         elements = x.numel()
         result = empty(1, elements).view(x.shape) if out is None else out
         x_at, out_at = x.data_ptr(), result.data_ptr()
-        launch, block = (few, few_block) if elements < _MANY_ELEMENTS else (many, many_block)
+        launch = few if elements < _MANY_ELEMENTS else many
         if (x_at | out_at) & 15:
-            launch, block = tiled(elements >= _MANY_ELEMENTS, False)
+            launch = launch_for(launch is many, False)
         launch((elements + block - 1) // block, x_at, out_at, elements, 0)
         return result
 
@@ -277,12 +277,13 @@ def activation_refuses(name: str, x: torch.Tensor, out: torch.Tensor | None = No
 
 
 def _op(row: _Formula) -> Callable[..., torch.Tensor]:
-    def op(x: torch.Tensor, *params: float, out: torch.Tensor | None = None) -> torch.Tensor:
+    def op(x: torch.Tensor, *params: float, out: torch.Tensor | None = None, **named: float) -> torch.Tensor:
         if reason := activation_refuses(row.name, x, out):
             raise Refused(reason)
-        given = (*params, *(default for _, default in row.params[len(params) :]))
-        if len(given) != len(row.params) or None in given:
-            raise TypeError(f"{row.name}() takes {', '.join(name for name, _ in row.params) or 'no parameters'} after x")
+        given = (*params, *(named.pop(name, default) for name, default in row.params[len(params) :]))
+        if len(given) != len(row.params) or None in given or named:
+            wants = ", ".join(name for name, _ in row.params) or "no parameters"
+            raise TypeError(f"{row.name}() takes {wants} after x, not {(*params, *named)}")
         return bind_activation(row.name, x.dtype, x.shape[-1] if row.order else 0, given, x.get_device())(x, out)
 
     halves = {
@@ -293,12 +294,25 @@ def _op(row: _Formula) -> Callable[..., torch.Tensor]:
     }
     shape = "[..., 2 * width], rows at one distance" if row.order else "contiguous"
     op.__name__ = op.__qualname__ = row.name
+    op.__signature__ = _signature(row)  # type: ignore[attr-defined]
     op.__doc__ = (
         f"{row.meaning}; {halves[row.order]}.\n\n"
         f"x: {shape}, float16, bfloat16 or float32. out: a contiguous tensor for the result, else a new one.\n"
         f"Stands in for `torch.ops._C.{row.name}`. Raises Refused for what it does not do.\n"
     )
     return op
+
+
+def _signature(row: _Formula) -> inspect.Signature:
+    """What the op takes, spelt out for people, `inspect` and help()."""
+    positional, keyword = inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY
+    params = [
+        inspect.Parameter(name, positional, default=inspect.Parameter.empty if default is None else default)
+        for name, default in row.params
+    ]
+    return inspect.Signature(
+        [inspect.Parameter("x", positional), *params, inspect.Parameter("out", keyword, default=None)]
+    )
 
 
 def _reference(row: _Formula) -> Callable[..., tuple[torch.Tensor]]:

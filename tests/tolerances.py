@@ -1,0 +1,46 @@
+"""How far a kernel may be from its reference, computed in float64: one table, each line with its reason.
+
+A result is judged elementwise, |got - expected| <= atol + rtol * |expected|. Tolerances are in units of the result's
+dtype, because the last thing a kernel does is to round to it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+# dtype -> (rtol, atol)
+TOLERANCES: dict[torch.dtype, tuple[float, float]] = {
+    # Sums of up to 8192 squares in float32, in another order than float64's: some units in the last place (6e-8) each.
+    torch.float32: (2e-6, 2e-6),
+    # One rounding to 11 bits (4.9e-4 relative) at the end, and up to two before it: normalised value to the weight's
+    # dtype, activated half to the input's.
+    torch.float16: (1.5e-3, 1e-5),
+    # The same with 8 bits (3.9e-3 relative).
+    torch.bfloat16: (1.2e-2, 1e-5),
+}
+
+# The dtype's unit in the last place, relative.
+_ULP = {torch.float32: 2**-23, torch.float16: 2**-10, torch.bfloat16: 2**-7}
+
+
+def absolute(kernel: str, inputs: dict[str, Any], dtype: torch.dtype) -> float | None:
+    """The absolute tolerance of kernels whose error is relative to their operands, not to the result; None for others."""
+    if "rotary" in kernel:
+        # Products of like size are subtracted: one rounding of the result, and those of float32 products.
+        return float(inputs["query"].abs().max()) * _ULP[dtype] if inputs["query"].numel() else 0.0
+    if kernel == "gelu_and_mul" and inputs["x"].numel():
+        # 1 + erf(x) cancels where erf nears -1, in float32, before the product with the other half.
+        return float(inputs["x"].abs().max()) ** 2 * _ULP[torch.float32]
+    return None
+
+
+def assert_close(got: torch.Tensor, expected: torch.Tensor, name: str, atol: float | None = None) -> None:
+    """Compare with the table; `expected` is in float64. NaN never passes."""
+    rtol, default_atol = TOLERANCES[got.dtype]
+    assert got.shape == expected.shape, f"{name}: shape {tuple(got.shape)}, expected {tuple(expected.shape)}"
+    limit = (default_atol if atol is None else atol) + rtol * expected.abs()
+    error = (got.double() - expected).abs()
+    worst = (error / limit).max().item() if error.numel() else 0.0
+    assert bool((error <= limit).all()), f"{name}: {worst:.2f} times the tolerance of {got.dtype}"

@@ -1,0 +1,5 @@
+"""`python -m vllm_gems`."""
+
+from .cli import main
+
+raise SystemExit(main())

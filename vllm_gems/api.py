@@ -1,0 +1,75 @@
+"""The public verbs, on the one patcher of this process."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterable, Iterator
+
+from . import __version__, seams
+from .catalog import catalog
+from .patcher import Patcher
+from .policy import VARIABLES, Policy
+from .reports import Report
+
+Names = str | Iterable[str] | None
+
+
+@functools.cache
+def patcher() -> Patcher:
+    return Patcher(catalog())
+
+
+def report() -> Report:
+    """What is patched in this process, where, and how often it ran."""
+    return Report.of_process(patcher().rows())
+
+
+def apply_gems_patches_to_vllm(
+    verbose: bool = False, include: Names = None, exclude: Names = None, strict: bool | None = None
+) -> Report:
+    """Put our kernels into vLLM in this process, now and as it imports its modules.
+
+    Installed as a plugin this has happened in every process of vLLM before a model is built; call it where that is not
+    the case, or to change the selection. Layers that exist already are switched too. Calling it again adds what is new.
+
+    verbose: print a line for every patch. include, exclude: names or globs (a list, or one string with commas), over
+    VLLM_GEMS_INCLUDE and VLLM_GEMS_EXCLUDE. strict: raise NotBoundError if a patch included by name is refused, and
+    let exceptions of kernels through; else vLLM's own code runs instead and the report says so.
+    """
+    _apply(Policy.from_env().replace(include=include, exclude=exclude, strict=strict, verbose=verbose or None))
+    found = report()
+    if verbose:
+        print(found.text(), flush=True)
+    return found
+
+
+def remove_gems_patches_from_vllm() -> None:
+    """Take every patch of this process back: vLLM's objects are the identical ones again.
+
+    Raises RuntimeError, after undoing the rest, for places that somebody else has patched on top of us.
+    """
+    patcher().undo()
+
+
+@contextlib.contextmanager
+def gems_patches(
+    include: Names = None, exclude: Names = None, strict: bool | None = None
+) -> Iterator[Report]:
+    """`apply_gems_patches_to_vllm` for a while; what it bound is taken back at the end, after an exception too."""
+    before = {row.patch for row in patcher().rows()}
+    bound = _apply(Policy.from_env().replace(include=include, exclude=exclude, strict=strict))
+    try:
+        yield report()
+    finally:
+        new = {row.patch for row in patcher().rows()} - before
+        patcher().undo({*bound, *new})
+
+
+def _apply(policy: Policy) -> tuple[str, ...]:
+    return patcher().apply(policy)
+
+
+def salt(policy: Policy) -> None:
+    """Enter our state into the key of vLLM's compile caches, if vLLM is imported."""
+    seams.salt_compile_caches(f"{__version__};{policy.fingerprint()}", tuple(VARIABLES))

@@ -1,0 +1,187 @@
+"""`vllm-gems`: what is patched, why not, and what this machine is.
+
+Exit codes: 0 all is well; 1 `check` found a problem; 2 wrong usage or an unknown name; 3 vLLM cannot be imported.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import platform as machine
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from . import __version__
+from .errors import UnknownNameError
+from .nouns import State
+
+OK, PROBLEM, USAGE, NO_VLLM = 0, 1, 2, 3
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = _parser().parse_args(argv)
+    try:
+        code: int = args.run(args)
+    except UnknownNameError as error:
+        print(error, file=sys.stderr)
+        return USAGE
+    except (FileNotFoundError, json.JSONDecodeError) as error:
+        print(f"{args.path}: {error}", file=sys.stderr)
+        return USAGE
+    except _NoVllmError as error:
+        print(f"vLLM cannot be imported here: {error}", file=sys.stderr)
+        return NO_VLLM
+    return code
+
+
+class _NoVllmError(Exception):
+    pass
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("vllm-gems", description=__doc__.splitlines()[0], epilog=__doc__.splitlines()[2])
+    parser.add_argument("--version", action="version", version=f"vllm-gems {__version__}")
+    verbs = parser.add_subparsers(required=True, metavar="command")
+    path = "a report, or the folder of VLLM_GEMS_REPORT; without it, the patches are bound here to see what happens"
+
+    def verb(name: str, run: Any, about: str) -> argparse.ArgumentParser:
+        made = verbs.add_parser(name, help=about, description=about)
+        made.add_argument("--json", action="store_true", help="print JSON")
+        made.set_defaults(run=run)
+        return made
+
+    report = verb("report", _report, "what is patched, where, and how often it ran")
+    report.add_argument("path", nargs="?", help=path)
+    report.add_argument("--all", action="store_true", help="the patches that are off, too")
+    check = verb("check", _check, "exit 1 if a patch asked for is not bound, was bound and never hit, or failed")
+    check.add_argument("path", nargs="?", help=path)
+    explain = verb("explain", _explain, "where a patch goes, what it gains, and its state here")
+    explain.add_argument("patch")
+    verb("env", _env, "versions, devices and the variables that this program reads")
+    return parser
+
+
+def _found(path: str | None) -> Any:
+    from .reports import Report
+
+    return Report.read(path) if path else _bind_here()
+
+
+def _bind_here() -> Any:
+    """The report of this process after every module that a patch waits for has been imported."""
+    from . import api
+    from .catalog import catalog
+
+    try:
+        importlib.import_module("vllm")
+        for seam in catalog().seams.values():
+            for place in seam.places:
+                try:
+                    importlib.import_module(place.module)
+                except ModuleNotFoundError as error:
+                    if not str(error.name).startswith("vllm"):
+                        raise
+    except Exception as error:
+        raise _NoVllmError(f"{type(error).__name__}: {error}") from error
+    with api.gems_patches() as found:
+        return found
+
+
+def _report(args: argparse.Namespace) -> int:
+    found = _found(args.path)
+    print(json.dumps(found.to_json(), indent=1) if args.json else found.text(everything=args.all))
+    return OK
+
+
+def _check(args: argparse.Namespace) -> int:
+    found = _found(args.path)
+    problems = found.problems()
+    if args.json:
+        print(json.dumps({"problems": problems, **found.to_json()}, indent=1))
+    else:
+        bound = sum(row.state is State.BOUND for row in found.rows)
+        hits = sum(row.hits for row in found.rows)
+        print("\n".join([*problems, f"{bound} patches bound, {hits} hits, {len(problems)} problems"]))
+    return PROBLEM if problems else OK
+
+
+def _explain(args: argparse.Namespace) -> int:
+    from .catalog import catalog, lookup
+
+    patch = lookup("patch", catalog().patches, args.patch)
+    seam = catalog().seams[patch.seam]
+    told: dict[str, Any] = {
+        "patch": patch.name,
+        "why": patch.why,
+        "default": patch.default,
+        "kernels": list(patch.kernels),
+        "distribution": patch.distribution,
+        "places": [
+            {
+                "kind": place.kind,
+                "where": f"{place.module}:{place.name}" if place.kind == "attribute" else str(place),
+                "platform": place.platform,
+                "vllm": place.versions,
+                "expects": list(place.expects),
+            }
+            for place in seam.places
+        ],
+    }
+    try:
+        row = next(row for row in _bind_here().rows if row.patch == patch.name)
+        told["here"] = {"state": str(row.state), "where": row.where, "why": row.why, "replaced": row.replaced}
+    except _NoVllmError as error:
+        told["here"] = {"state": "no vLLM", "where": "", "why": str(error), "replaced": ""}
+    if args.json:
+        print(json.dumps(told, indent=1))
+        return OK
+    print(f"{patch.name}: {patch.why}")
+    print(f"kernels  {', '.join(patch.kernels)} ({patch.distribution})")
+    print(f"default  {'on' if patch.default else 'off; include it by name'}")
+    for place in told["places"]:
+        print(f"place    {place['where']}  [{place['kind']}, {place['platform']}, vLLM {place['vllm']}]")
+        for expected in place["expects"]:
+            print(f"         expects {expected}")
+    here = told["here"]
+    print(f"here     {here['state']}  {here['where']}{'  ' + here['why'] if here['why'] else ''}")
+    if here["replaced"]:
+        print(f"replaced {here['replaced']}")
+    return OK
+
+
+def _env(args: argparse.Namespace) -> int:
+    from .policy import VARIABLES, Policy, read_variables
+    from .reports import _version
+
+    names = ("vllm", "torch", "triton", "pluggy", "ml_dtypes")
+    told = {
+        "vllm_gems": __version__,
+        "python": machine.python_version(),
+        "platform": machine.platform(),
+        **{name: _version(name) for name in names},
+        "launch": _launch(),
+        "variables": read_variables(),
+        "policy": repr(Policy.from_env()),
+    }
+    if args.json:
+        print(json.dumps(told, indent=1))
+        return OK
+    for name, value in told.items():
+        if name != "variables":
+            print(f"{name:20} {value or '-'}")
+    for name, (default, meaning) in VARIABLES.items():
+        value = read_variables()[name]
+        shown = repr(value) if value != default else f"{default!r} (default)"
+        print(f"{name:20} {shown}  {meaning}")
+    return OK
+
+
+def _launch() -> str:
+    """How kernels are launched in a process like this one."""
+    try:
+        from .launch import direct_refuses
+    except ImportError as error:
+        return f"not at all: {error}"
+    return direct_refuses() or "directly, through the compiled kernels' C launcher"

@@ -1,0 +1,75 @@
+"""`torch.ops.vllm_gems.*`: the kernels as PyTorch ops, for tracing.
+
+Compiled code has no original to go back to. So an op here that refuses or raises computes the kernel's reference in
+float32 instead, counted, rather than break a graph.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+
+from .nouns import Kernel
+
+logger = logging.getLogger("vllm_gems")
+
+# Calls through torch.ops, by kernel, and those of them that the reference had to do.
+CALLS: Counter[str] = Counter()
+FALLBACKS: Counter[str] = Counter()
+
+_LIBRARY = torch.library.Library("vllm_gems", "FRAGMENT")
+_DEFINED: set[str] = set()
+_LOCK = threading.Lock()
+
+
+def define(kernels: Iterable[Kernel]) -> None:
+    """Make an op of every kernel that is none yet."""
+    with _LOCK:
+        for kernel in kernels:
+            if kernel.name in _DEFINED:
+                continue
+            _LIBRARY.define(kernel.schema, tags=(torch.Tag.pt2_compliant_tag,))
+            for key in ("CUDA", "CPU"):
+                _LIBRARY.impl(kernel.name, _implementation(kernel), key)
+            _LIBRARY._register_fake(kernel.name, kernel.fake)
+            _DEFINED.add(kernel.name)
+
+
+def _implementation(kernel: Kernel) -> Callable[..., Any]:
+    def run(*args: Any, **kwargs: Any) -> Any:
+        try:
+            result = kernel.op(*args, **kwargs)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception:
+            if not FALLBACKS[kernel.name]:
+                logger.exception("torch.ops.vllm_gems.%s raised; PyTorch's own operations do its work", kernel.name)
+            FALLBACKS[kernel.name] += 1
+            return by_reference(kernel, *args, **kwargs)
+        CALLS[kernel.name] += 1
+        return result
+
+    return run
+
+
+def by_reference(kernel: Kernel, *args: Any, **kwargs: Any) -> Any:
+    """What `kernel.op` does, by its reference in float32, rounded to the dtypes that the kernel gives."""
+    named = inspect.signature(kernel.op).bind(*args, **kwargs).arguments
+    floats = [value for value in args if isinstance(value, torch.Tensor) and value.is_floating_point()]
+    wide = [value.float() if any(value is each for each in floats) else value for value in args]
+    results = kernel.reference(*wide, **kwargs)
+    returned = []
+    for where, value in zip(kernel.results, results, strict=True):
+        if where.startswith("return"):
+            returned.append(value.to(floats[0].dtype))
+        elif value is not None:
+            named[where].copy_(value)
+    if not returned:
+        return None
+    return returned[0] if len(returned) == 1 else tuple(returned)

@@ -1,0 +1,192 @@
+"""What was patched, where, and how often it ran: text for people, JSON for machines, merged over processes."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import json
+import os
+import pathlib
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from . import __version__, seams
+from .nouns import Row, State
+
+
+@dataclass(frozen=True)
+class Report:
+    """The rows of one process (or of several, merged), under a line that says whose they are.
+
+    JSON keys are stable: "vllm_gems", "vllm", "torch", "triton", "device", "pid" (a list when merged), "rank", "mode"
+    and "rows", each row with the fields of `nouns.Row`.
+    """
+
+    rows: tuple[Row, ...]
+    versions: dict[str, str]
+    device: str
+    pid: tuple[int, ...]
+    rank: str
+    mode: str
+
+    @classmethod
+    def of_process(cls, rows: tuple[Row, ...]) -> Report:
+        names = ("vllm", "torch", "triton")
+        return cls(
+            rows=rows,
+            versions={"vllm_gems": __version__, **{name: _version(name) for name in names}},
+            device=_device(),
+            pid=(os.getpid(),),
+            rank=_rank(),
+            mode=_mode(rows),
+        )
+
+    @classmethod
+    def read(cls, path: str | os.PathLike[str]) -> Report:
+        """A report from a file that `write` made, or all of a folder's merged. Raises FileNotFoundError if none is."""
+        where = pathlib.Path(path)
+        files = sorted(where.glob("*.json")) if where.is_dir() else [where]
+        reports = [cls.from_json(json.loads(file.read_text())) for file in files]
+        if not reports:
+            raise FileNotFoundError(
+                f"no report in {where}; run vLLM with VLLM_GEMS_REPORT={where} and let its processes end"
+            )
+        return merge(reports)
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Report:
+        rows = tuple(Row(**{**row, "state": State(row["state"])}) for row in data["rows"])
+        versions = {name: data[name] for name in ("vllm_gems", "vllm", "torch", "triton")}
+        pid = data["pid"] if isinstance(data["pid"], list) else [data["pid"]]
+        return cls(rows, versions, data["device"], tuple(pid), data["rank"], data["mode"])
+
+    def to_json(self) -> dict[str, Any]:
+        rows = [{**dataclasses.asdict(row), "state": str(row.state)} for row in self.rows]
+        pid: int | list[int] = self.pid[0] if len(self.pid) == 1 else list(self.pid)
+        return {
+            **self.versions,
+            "device": self.device,
+            "pid": pid,
+            "rank": self.rank,
+            "mode": self.mode,
+            "rows": rows,
+        }
+
+    def write(self, folder: str | os.PathLike[str]) -> pathlib.Path:
+        """Write the report as <folder>/<pid>.json, whole or not at all."""
+        path = pathlib.Path(folder) / f"{self.pid[0]}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(".part")
+        partial.write_text(json.dumps(self.to_json(), indent=1) + "\n")
+        partial.replace(path)
+        return path
+
+    def problems(self) -> list[str]:
+        """What `vllm-gems check` objects to: asked for and not bound, failed, or bound and never hit."""
+        found = []
+        ran = any(row.hits for row in self.rows)
+        for row in self.rows:
+            if row.state is State.FAILED:
+                found.append(f"{row.patch} failed: {row.why}")
+            elif row.wanted and row.state in (State.REFUSED, State.WAITING):
+                found.append(f"{row.patch} was asked for and is {row.state}: {row.why}")
+            elif row.wanted and ran and row.hits == 0:
+                found.append(f"{row.patch} was asked for and never hit{': ' + row.why if row.why else ''}")
+        return found
+
+    def text(self, everything: bool = True) -> str:
+        """The table; without `everything`, only patches that are in place or should be."""
+        rows = [row for row in self.rows if everything or row.state not in (State.OFF, State.WAITING)]
+        cells = [("patch", "state", "where", "hits", "why")]
+        cells += [(row.patch, str(row.state), row.where, str(row.hits), _remarks(row)) for row in rows]
+        return "\n".join([self._head(), *_columns(cells, right={3})])
+
+    def _head(self) -> str:
+        versions = "  ".join(f"{name.replace('_', '-')} {value or '-'}" for name, value in self.versions.items())
+        pids = ",".join(str(pid) for pid in self.pid)
+        return f"{versions}  {self.device}  pid {pids}  rank {self.rank}  mode {self.mode}"
+
+    def __str__(self) -> str:
+        return self.text()
+
+
+def merge(reports: Sequence[Report]) -> Report:
+    """One report of several processes: counts added, the liveliest state of each patch kept."""
+    if len(reports) == 1:
+        return reports[0]
+    liveliness = [State.FAILED, State.BOUND, State.ASLEEP, State.REFUSED, State.WAITING, State.OFF]
+    by_patch: dict[str, list[Row]] = {}
+    for report in reports:
+        for row in report.rows:
+            by_patch.setdefault(row.patch, []).append(row)
+    rows = []
+    for group in by_patch.values():
+        best = min(group, key=lambda row: (liveliness.index(row.state), -row.hits))
+        declined: dict[str, int] = {}
+        for row in group:
+            for reason, count in row.declined.items():
+                declined[reason] = declined.get(reason, 0) + count
+        rows.append(
+            dataclasses.replace(
+                best, hits=sum(r.hits for r in group), errors=sum(r.errors for r in group), declined=declined
+            )
+        )
+    busiest = max(reports, key=lambda report: sum(row.hits for row in report.rows))
+    ranks = sorted({report.rank for report in reports if any(row.hits for row in report.rows)})
+    pids = tuple(pid for report in reports for pid in report.pid)
+    return dataclasses.replace(busiest, rows=tuple(rows), pid=pids, rank=",".join(ranks) or "-")
+
+
+def _remarks(row: Row) -> str:
+    parts = [row.why] if row.why else []
+    parts += [f"declined {count}: {reason}" for reason, count in row.declined.items()]
+    if row.errors:
+        parts.append(f"errors {row.errors}")
+    return "; ".join(parts)
+
+
+def _columns(cells: Sequence[Sequence[str]], right: Iterable[int] = ()) -> list[str]:
+    widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
+    right = set(right)
+    return [
+        "  ".join(
+            cell.rjust(width) if column in right else cell.ljust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in cells
+    ]
+
+
+def _version(name: str) -> str:
+    module = sys.modules.get(name)
+    if found := getattr(module, "__version__", ""):
+        return str(found)
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+def _device() -> str:
+    """The GPU's name, asked for only where CUDA is in use already: a report must not start it."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        return str(torch.cuda.get_device_name())
+    return seams.platform() or "-"
+
+
+def _rank() -> str:
+    torch = sys.modules.get("torch")
+    distributed = getattr(torch, "distributed", None)
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        return str(distributed.get_rank())
+    return "0"
+
+
+def _mode(rows: Iterable[Row]) -> str:
+    states = {row.state for row in rows}
+    if State.ASLEEP in states:
+        return "compiled"
+    return "eager" if any(row.hits for row in rows) else "-"

@@ -1,0 +1,158 @@
+"""What stands in vLLM in place of the original: the replacement, guarded, with its counters.
+
+A site is the one mutable thing per bound patch. Counting is one attribute increment; an exception of ours costs
+nothing until it happens, and then the original runs.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable
+from types import FunctionType
+from typing import Any
+
+import torch
+
+from .errors import Refused
+
+logger = logging.getLogger("vllm_gems")
+
+# Python's `torch.compiler.is_compiling` takes three calls; Dynamo knows this one too, and eager pays for one.
+is_tracing = torch.compiler.is_dynamo_compiling
+
+
+class Site:
+    """Counters of one bound patch, and what to do when our side raises."""
+
+    __slots__ = ("declined", "errors", "failure", "hits", "kernels", "name", "on_failure", "strict")
+
+    def __init__(self, name: str, kernels: tuple[str, ...] = (), strict: bool = False) -> None:
+        self.name = name
+        self.kernels = kernels
+        self.strict = strict
+        self.hits = 0
+        self.errors = 0
+        self.failure = ""
+        self.declined: dict[str, int] = {}
+        self.on_failure: Callable[[], None] | None = None  # puts the original back
+
+    def decline(self, reason: object) -> None:
+        """The original does this call, for the reason given."""
+        text = str(reason)
+        self.declined[text] = self.declined.get(text, 0) + 1
+
+    def fail(self, error: Exception) -> None:
+        """Our side raised: the original takes over from this call on, and the log says so once.
+
+        Out of memory is the machine's state and not the kernel's fault; it passes through, as do all errors in strict
+        mode.
+        """
+        if self.strict or isinstance(error, torch.OutOfMemoryError):
+            raise error
+        self.errors += 1
+        if not self.failure:
+            self.failure = f"{type(error).__name__}: {error}".strip()
+            logger.exception("%s raised; vLLM's own code runs in its place from now on", self.name)
+            if self.on_failure is not None:
+                self.on_failure()
+
+    def reset(self) -> None:
+        """Forget the counts, as a forked child must."""
+        self.hits = self.errors = 0
+        self.declined = {}
+
+
+def layer_method(
+    original: Callable[..., Any],
+    site: Site,
+    bind: Callable[..., Callable[..., Any]],
+    traced: Callable[..., Any],
+) -> Callable[..., Any]:
+    """A replacement for a `forward_*` method of vLLM's CustomOp layers.
+
+    bind(layer, *args) -> call(*args): settles what the layer knows for ever; raises Refused for a layer that is not
+    for us. traced(layer, *args): the same through torch.ops, for Dynamo.
+
+    A CustomOp keeps the method it chose in `_forward_method`. The first call puts the settled call into that slot of
+    the instance, so that later calls go there without another look-up; a call that declines takes it out again.
+    """
+
+    @functools.wraps(original)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if is_tracing():
+            return traced(self, *args, **kwargs)
+        slot = self.__dict__.get("_forward_method")
+        if isinstance(slot, FunctionType) and getattr(slot, "__vllm_gems__", None) is site:
+            return slot(*args, **kwargs)
+        settled = _settle(self, original, site, bind, traced, args, kwargs)
+        if settled is None:
+            return original(self, *args, **kwargs)
+        if getattr(slot, "__func__", None) is forward:
+            self._forward_method = settled
+        return settled(*args, **kwargs)
+
+    forward.__vllm_gems__ = site  # type: ignore[attr-defined]
+    return forward
+
+
+def _settle(
+    layer: Any,
+    original: Callable[..., Any],
+    site: Site,
+    bind: Callable[..., Callable[..., Any]],
+    traced: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Callable[..., Any] | None:
+    try:
+        call = bind(layer, *args, **kwargs)
+    except Refused as refusal:
+        site.decline(refusal)
+        return None
+    except Exception as error:
+        site.fail(error)
+        return None
+
+    def settled(*args: Any, **kwargs: Any) -> Any:
+        if is_tracing():
+            return traced(layer, *args, **kwargs)
+        try:
+            result = call(*args, **kwargs)
+        except Refused as refusal:
+            site.decline(refusal)
+            # The next call may be settled differently, by its own arguments.
+            if layer.__dict__.get("_forward_method") is settled:
+                layer._forward_method = getattr(layer, original.__name__)
+            return original(layer, *args, **kwargs)
+        except Exception as error:
+            site.fail(error)
+            return original(layer, *args, **kwargs)
+        site.hits += 1
+        return result
+
+    settled.__vllm_gems__ = site  # type: ignore[attr-defined]
+    return settled
+
+
+def op_kernel(original: Any, site: Site, call: Callable[..., Any]) -> Callable[..., Any]:
+    """A replacement for an op's kernel in the dispatcher. `original` is the kernel that it covers.
+
+    call(*args) takes the op's arguments by position, with the schema's defaults, because PyTorch leaves trailing
+    arguments out when they equal those.
+    """
+
+    def kernel(keyset: Any, *args: Any) -> Any:
+        if not site.failure:
+            try:
+                result = call(*args)
+            except Refused as refusal:
+                site.decline(refusal)
+            except Exception as error:
+                site.fail(error)
+            else:
+                site.hits += 1
+                return result
+        return original.call_boxed(keyset, *args)
+
+    return kernel
