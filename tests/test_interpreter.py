@@ -134,6 +134,22 @@ def test_rounding_toward_zero():
 
 
 @triton.jit
+def _through_fp8e4b15(src, bits, dst, N: tl.constexpr):
+    offsets = tl.arange(0, N)
+    x = tl.load(src + offsets).to(tl.float8e4b15)
+    tl.store(bits + offsets, x.to(tl.uint8, bitcast=True))
+    tl.store(dst + offsets, x.to(tl.float16))
+
+
+def test_the_fp8_that_ml_dtypes_lacks_stays_as_shipped():
+    x = torch.tensor([1.5, -0.25, 0.0, 1.0], dtype=FP16)
+    bits, out = torch.empty(4, dtype=torch.uint8), torch.empty_like(x)
+    _through_fp8e4b15[(1,)](x, bits, out, 4)
+    assert bits.tolist() == [0x7C, 0xE8, 0x00, 0x78]  # a bias of 15 and three bits of mantissa
+    assert_same(out, x)
+
+
+@triton.jit
 def _masked_copy(src, dst, stride, limit, other, N: tl.constexpr):
     offsets = tl.arange(0, N)
     tl.store(dst + offsets * stride, tl.load(src + offsets * stride, mask=offsets < limit, other=other), offsets != 1)

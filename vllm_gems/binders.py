@@ -134,7 +134,7 @@ class OpBinder:
         original = torch.library.get_kernel(place.name, key)
         library = torch.library.Library(namespace, "IMPL")
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*[Oo]verriding a previously registered kernel")
+            warnings.filterwarnings("ignore", message="(?s).*overriding a previously registered kernel")
             library.impl(name, adapt(original), key, with_keyset=True)
         return Bound(library._destroy, f"the {key} kernel of {place}")
 

@@ -86,7 +86,10 @@ def _rms_norm_op(original: Any, site: Any) -> Any:
     from ..kernels.rms_norm import rms_norm
     from ..sites import op_kernel
 
-    return op_kernel(original, site, lambda out, x, weight, epsilon: rms_norm(x, weight, epsilon, out=out) and None)
+    def call(out: Any, x: Any, weight: Any, epsilon: float) -> None:
+        rms_norm(x, weight, epsilon, out=out)
+
+    return op_kernel(original, site, call)
 
 
 def _fused_add_rms_norm_op(original: Any, site: Any) -> Any:

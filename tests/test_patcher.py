@@ -1,0 +1,349 @@
+"""Import, patch and unpatch in every order; drift; failures. On the toy of toy.py, each in a process of its own."""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+import pathlib
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import toy
+import torch
+from children import in_child
+
+from vllm_gems import seams
+from vllm_gems.errors import DriftError, NotBoundError, Refused
+from vllm_gems.nouns import State
+from vllm_gems.patcher import Patcher
+from vllm_gems.policy import Policy
+
+MODULE = "toy_vllm.layers"
+
+
+@pytest.fixture(autouse=True)
+def _package(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    toy.write_package(tmp_path)
+    monkeypatch.setattr(seams, "platform", lambda: "cpu")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+
+
+def states(patcher: Patcher) -> dict[str, str]:
+    return {row.patch: str(row.state) for row in patcher.rows()}
+
+
+ORDERS = sorted({"".join(order) for order in itertools.permutations("IPPUU")} | {"IPUPU", "PIUPU", "PIPUPU"})
+
+
+def run_order(order: str) -> None:
+    """I imports, P patches, U unpatches; after each the world is what the letters so far say."""
+    patcher = toy.patcher()
+    module: Any = None
+    originals: dict[str, Any] = {}
+    patched = False
+    for letter in order:
+        if letter == "I":
+            module = importlib.import_module(MODULE)
+        elif letter == "P":
+            patcher.apply(Policy())
+            patched = True
+        else:
+            patcher.undo()
+            patched = False
+        if module is None:
+            continue
+        own = vars(module.Layer)["forward_cpu"]
+        if not patched:
+            originals.setdefault("method", own)
+            originals.setdefault("function", module.function)
+            assert own is originals["method"], "the identical method is back"
+            assert module.function is originals["function"]
+            assert module.Layer()(2) == ("stock", 2)
+            assert module.function(1) == ("stock", 1)
+        else:
+            assert module.Layer()(2) == ("ours", 2)
+            assert module.Child()(3) == ("ours", 3)
+            assert module.function(1) == ("ours", 1)
+            wrapped = own.__wrapped__
+            assert not hasattr(wrapped, "__wrapped__"), "patched once, however often asked"
+            assert states(patcher) == {"toy.layer": "bound", "toy.function": "bound"}
+    patcher.undo()
+    assert not any(type(finder).__name__ == "_Watcher" for finder in sys.meta_path)
+    if module is not None and "method" in originals:
+        assert vars(module.Layer)["forward_cpu"] is originals["method"]
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_every_order(order: str) -> None:
+    in_child(run_order, order)
+
+
+def test_importing_while_patched_gives_back_the_module_untouched() -> None:
+    def check() -> None:
+        patcher = toy.patcher()
+        patcher.apply(Policy())
+        assert states(patcher) == {"toy.layer": "waiting", "toy.function": "waiting"}
+        module = importlib.import_module(MODULE)
+        assert type(module.__spec__.loader).__name__ == "SourceFileLoader"
+        assert module.__loader__ is module.__spec__.loader
+        assert "def function" in __import__("inspect").getsource(module.function)
+
+    in_child(check)
+
+
+def test_instances_made_before_and_after_follow() -> None:
+    def check() -> None:
+        module = importlib.import_module(MODULE)
+        before, child = module.Layer(), module.Child()
+        patcher = toy.patcher()
+        patcher.apply(Policy())
+        after = module.Layer()
+        assert [before(1), child(1), after(1)] == [("ours", 1)] * 3
+        assert before(1) == ("ours", 1), "the settled call, too"
+        assert patcher.rows()[0].hits == 4
+        patcher.undo()
+        assert [before(1), child(1), after(1)] == [("stock", 1)] * 3
+        assert before._forward_method.__func__ is vars(module.Layer)["forward_cpu"]
+
+    in_child(check)
+
+
+def test_an_inherited_method_is_taken_off_again() -> None:
+    def check() -> None:
+        module = importlib.import_module(MODULE)
+        patcher = toy.patcher(toy.patch("toy.inheriting", "inheriting"))
+        patcher.apply(Policy())
+        assert module.Inheriting()(1) == ("ours", 1)
+        assert module.Layer()(1) == ("stock", 1), "its siblings keep theirs"
+        patcher.undo()
+        assert "forward_cpu" not in vars(module.Inheriting)
+        assert module.Inheriting()(1) == ("native", 1)
+
+    in_child(check)
+
+
+@pytest.mark.parametrize(
+    ("seam", "words"),
+    [
+        ("gone", "Layer.forward_gone is not there"),
+        ("drifted", "function is now (x, flag=False), not (x, flag=False, more=None)"),
+        ("rewritten", "none of those that the replacement was written against"),
+    ],
+)
+def test_drift_is_refused_and_nothing_is_created(seam: str, words: str) -> None:
+    def check() -> None:
+        module = importlib.import_module(MODULE)
+        before = dict(vars(module)), dict(vars(module.Layer))
+        patcher = toy.patcher(toy.patch("toy.x", seam))
+        patcher.apply(Policy())
+        (row,) = patcher.rows()
+        assert row.state is State.REFUSED
+        assert words in row.why
+        assert (dict(vars(module)), dict(vars(module.Layer))) == before
+
+    in_child(check)
+
+
+def test_the_first_place_that_fits_is_taken() -> None:
+    def check() -> None:
+        module = importlib.import_module(MODULE)
+        patcher = toy.patcher(toy.patch("toy.moved", "moved", toy.adapt_function))
+        patcher.apply(Policy())
+        assert module.function(1) == ("ours", 1)
+        assert patcher.rows()[0].where == "function"
+
+    in_child(check)
+
+
+def test_policy_and_veto_leave_their_reasons() -> None:
+    class Veto:
+        told: list[Any] = []  # noqa: RUF012
+
+        @toy.hookimpl
+        def vllm_gems_refuses(self, patch: Any) -> str | None:
+            return "not today" if patch.name == "toy.layer" else None
+
+        @toy.hookimpl
+        def vllm_gems_bound(self, row: Any) -> None:
+            self.told.append((row.patch, str(row.state)))
+
+    def check() -> None:
+        importlib.import_module(MODULE)
+        patcher = toy.patcher(*toy.PATCHES, toy.patch("toy.off", "layer", default=False), plugins=[Veto()])
+        patcher.apply(Policy(exclude=("*.function",)))
+        why = {row.patch: (str(row.state), row.why) for row in patcher.rows()}
+        assert why["toy.layer"] == ("refused", "not today")
+        assert why["toy.function"] == ("off", "excluded by '*.function'")
+        assert why["toy.off"] == ("off", "off by default; include it by name")
+        assert sorted(Veto.told) == [("toy.function", "off"), ("toy.layer", "refused"), ("toy.off", "off")]
+
+    in_child(check)
+
+
+def test_applying_again_adds_what_is_new() -> None:
+    def check() -> None:
+        importlib.import_module(MODULE)
+        patcher = toy.patcher()
+        assert patcher.apply(Policy(include=("toy.function",))) == ("toy.function",)
+        assert patcher.apply(Policy()) == ("toy.layer",)
+        assert patcher.apply(Policy()) == ()
+        patcher.undo(["toy.layer"])
+        assert states(patcher) == {"toy.function": "bound"}
+
+    in_child(check)
+
+
+def test_strict_raises_for_what_was_asked_by_name() -> None:
+    def check() -> None:
+        importlib.import_module(MODULE)
+        patcher = toy.patcher(toy.patch("toy.x", "gone"))
+        with pytest.raises(NotBoundError, match=r"toy\.x was asked for .* is not there"):
+            patcher.apply(Policy(include=("toy.x",), strict=True))
+        patcher.apply(Policy(strict=True))  # asked for by nobody: refused in silence
+        assert states(patcher) == {"toy.x": "refused"}
+
+    in_child(check)
+
+
+def test_somebody_elses_patch_on_top_is_reported_and_left_alone() -> None:
+    def check() -> None:
+        module = importlib.import_module(MODULE)
+        patcher = toy.patcher()
+        patcher.apply(Policy())
+        theirs = module.function = lambda x, flag=False: ("theirs", x)
+        with pytest.raises(RuntimeError, match="function was patched again by someone else"):
+            patcher.undo()
+        assert module.function is theirs
+        assert module.Layer()(1) == ("stock", 1), "the rest is undone"
+
+    in_child(check)
+
+
+def failing(error: Exception, when: str) -> Callable[..., Any]:
+    """An adapter whose kernel raises `error` when it is bound or called."""
+
+    def adapt(original: Any, site: Any) -> Any:
+        def bind(layer: Any, x: Any, scale: int = 1) -> Any:
+            if when == "bind":
+                raise error
+
+            def call(x: Any, scale: int = 1) -> Any:
+                raise error
+
+            return call
+
+        return toy.layer_method(original, site, bind, bind)
+
+    return adapt
+
+
+@pytest.mark.parametrize("when", ["bind", "call"])
+def test_a_kernel_that_raises_is_replaced_by_the_original(when: str, caplog: pytest.LogCaptureFixture) -> None:
+    def check() -> None:
+        module = importlib.import_module(MODULE)
+        method = vars(module.Layer)["forward_cpu"]
+        layer = module.Layer()
+        patcher = toy.patcher(toy.patch("toy.layer", "layer", failing(ValueError("boom"), when)))
+        patcher.apply(Policy())
+        assert [layer(1), layer(2), module.Layer()(3)] == [("stock", 1), ("stock", 2), ("stock", 3)]
+        (row,) = patcher.rows()
+        assert (row.state, row.errors, row.hits, row.why) == (State.FAILED, 1, 0, "ValueError: boom")
+        assert vars(module.Layer)["forward_cpu"] is method
+        messages = [record.message for record in caplog.records]
+        assert messages == ["toy.layer raised; vLLM's own code runs in its place from now on"]
+
+    in_child(check)
+
+
+def test_strict_and_out_of_memory_pass_through() -> None:
+    def check(error: Exception, strict: bool) -> None:
+        module = importlib.import_module(MODULE)
+        patcher = toy.patcher(toy.patch("toy.layer", "layer", failing(error, "call")))
+        patcher.apply(Policy(strict=strict))
+        with pytest.raises(type(error)):
+            module.Layer()(1)
+        assert states(patcher) == {"toy.layer": "bound"}
+
+    in_child(check, ValueError("boom"), True)
+    in_child(check, torch.OutOfMemoryError("full"), False)
+
+
+def test_a_refused_call_goes_to_the_original_with_its_reason() -> None:
+    def adapt(original: Any, site: Any) -> Any:
+        def bind(layer: Any, x: Any, scale: int = 1) -> Any:
+            if x == 0:
+                raise Refused("nothing to do")
+
+            def call(x: Any, scale: int = 1) -> Any:
+                if x < 0:
+                    raise Refused("negative")
+                return ("ours", x)
+
+            return call
+
+        return toy.layer_method(original, site, bind, bind)
+
+    def check() -> None:
+        module = importlib.import_module(MODULE)
+        patcher = toy.patcher(toy.patch("toy.layer", "layer", adapt))
+        patcher.apply(Policy())
+        layer = module.Layer()
+        got = [layer(x)[0] for x in (0, 1, -1, -2, 2, 3)]
+        assert got == ["stock", "ours", "stock", "stock", "ours", "ours"]
+        (row,) = patcher.rows()
+        assert (row.state, row.hits, row.errors) == (State.BOUND, 3, 0)
+        assert row.declined == {"nothing to do": 1, "negative": 2}
+
+    in_child(check)
+
+
+def test_a_failing_adapter_refuses_the_patch() -> None:
+    def adapt(original: Any, site: Any) -> Any:
+        raise DriftError("here", "it is not what it was")
+
+    def check() -> None:
+        module = importlib.import_module(MODULE)
+        patcher = toy.patcher(toy.patch("toy.layer", "layer", adapt))
+        patcher.apply(Policy())
+        (row,) = patcher.rows()
+        assert row.state is State.REFUSED
+        assert "it is not what it was" in row.why
+        assert module.Layer()(1) == ("stock", 1)
+
+    in_child(check)
+
+
+def test_layers_that_chose_native_are_asleep() -> None:
+    def check() -> None:
+        module = importlib.import_module(MODULE)
+        patcher = toy.patcher()
+        patcher.apply(Policy())
+        layers = [module.Layer() for _ in range(3)]
+        for layer in layers:
+            layer._forward_method = layer.forward_native
+        row = patcher.rows()[0]
+        assert row.state is State.ASLEEP
+        assert row.why == 'all 3 layers run forward_native; custom_ops=["+Layer"] wakes it'
+
+    in_child(check)
+
+
+def test_batch_invariance_and_a_missing_gpu_refuse_everything(monkeypatch: pytest.MonkeyPatch) -> None:
+    def check(word: str) -> None:
+        importlib.import_module(MODULE)
+        patcher = toy.patcher()
+        patcher.apply(Policy())
+        for row in patcher.rows():
+            assert row.state is State.REFUSED
+            assert word in row.why
+
+    monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
+    in_child(check, "VLLM_BATCH_INVARIANT")
+    monkeypatch.delenv("VLLM_BATCH_INVARIANT")
+    monkeypatch.delenv("TRITON_INTERPRET")
+    in_child(check, "there is no GPU")
+    monkeypatch.setattr(seams, "platform", lambda: "tpu")
+    in_child(check, "'tpu'")

@@ -1,0 +1,61 @@
+"""Our seams probed against recorded releases of vLLM: what is there is as we expect, what is not is known."""
+
+from __future__ import annotations
+
+import pytest
+from recorded_world import VERSIONS, RecordedWorld
+
+from vllm_gems.binders import BINDERS
+from vllm_gems.catalog import catalog
+from vllm_gems.nouns import Place, Seam
+
+SEAMS = list(catalog().seams.values())
+
+
+def verdicts(seam: Seam, world: RecordedWorld, platform: str) -> list[str | None]:
+    places: list[Place] = [place for place in seam.places if place.platform in ("any", platform)]
+    return [BINDERS[place.kind].refuses(place, world, platform) for place in places]
+
+
+def number(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version.split("."))
+
+
+def has(version: str, seam: Seam) -> bool:
+    """Whether the release has the seam, by what the seam says of itself."""
+    first, last = seam.places[0].versions.split("-")
+    return number(first) <= number(version) and number(version)[:2] <= number(last)
+
+
+def test_the_releases_of_the_support_table_are_recorded() -> None:
+    assert {"0.17.1", "0.20.2", "0.24.0", "0.26.0", "0.29.0", "0.32.0", "0.33.0"} <= set(VERSIONS)
+
+
+@pytest.mark.parametrize("platform", ["cuda", "cpu"])
+@pytest.mark.parametrize("seam", SEAMS, ids=lambda seam: seam.name)
+@pytest.mark.parametrize("version", VERSIONS)
+def test_a_place_fits_exactly_where_the_seam_says(version: str, seam: Seam, platform: str) -> None:
+    found = verdicts(seam, RecordedWorld.load(version), platform)
+    if has(version, seam):
+        assert None in found, f"vLLM {version}: {found}"
+    else:
+        assert all("is not there" in str(reason) or "is registered" in str(reason) for reason in found)
+
+
+@pytest.mark.parametrize("seam", SEAMS, ids=lambda seam: seam.name)
+def test_a_drifted_release_is_refused(seam: Seam) -> None:
+    """A signature or schema with one more argument is another one, whatever its defaults."""
+
+    class Drifted(RecordedWorld):
+        def signature(self, module: str, qualname: str) -> str | None:
+            found = super().signature(module, qualname)
+            return None if found is None else found.replace(")", ", new=None)")
+
+        def schemas(self, op: str) -> tuple[str, ...]:
+            return tuple(schema.replace(")", ", bool new=False)", 1) for schema in super().schemas(op))
+
+    world = Drifted.load("0.26.0")
+    for platform in ("cuda", "cpu"):
+        for reason in verdicts(seam, world, platform):
+            assert reason is not None
+            assert "is now" in reason
