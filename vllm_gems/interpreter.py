@@ -217,13 +217,14 @@ class _Memory:
         """Triton allows addition alone on bf16, and nothing on fp8; one at a time, for addresses may repeat."""
         if values.dtype not in self._formats.raw:
             return self._native.atomic_rmw(operation, pointers, values, mask, order)
-        before = values.copy()
-        for index in range(values.size):
-            one = slice(index, index + 1)
-            where = pointers.reshape(-1)[one], mask.reshape(-1)[one]
-            before.reshape(-1)[one] = self.load(*where, values.reshape(-1)[one], values.dtype)
-            self.store(where[0], before.reshape(-1)[one] + values.reshape(-1)[one], where[1])
-        return before
+        flat = [array.reshape(-1) for array in (pointers, mask, values)]
+        before = flat[2].copy()
+        for index in range(before.size):
+            place, wanted, value = (array[index : index + 1] for array in flat)
+            old = self.load(place, wanted, value, value.dtype)
+            self.store(place, old + value, wanted)
+            before[index] = old[0]
+        return before.reshape(values.shape)
 
 
 def _replace_memory(interpreter: Any, formats: _Formats) -> None:
@@ -245,7 +246,10 @@ def _replace_memory(interpreter: Any, formats: _Formats) -> None:
 
 
 def _replace_builder(interpreter: Any, formats: _Formats) -> None:
-    """Give the one builder that Triton made at import, and any made later, the operations that are wrong as shipped."""
+    """Give the one builder, which Triton made at import, the operations that are wrong as shipped.
+
+    Changing its class reaches every module that holds it; the interpreter copies it into those of the kernels.
+    """
     import numpy as np
 
     Handle = interpreter.TensorHandle
@@ -296,10 +300,9 @@ def _replace_builder(interpreter: Any, formats: _Formats) -> None:
                 raise NotImplementedError(f"{symbol} has no numpy counterpart here; compute it with tl functions")
             wide = (h.data.astype("f8") if h.data.dtype.kind == "f" else h.data for h in arguments)
             with np.errstate(all="ignore"):
-                result = formats.cast(functions[symbol](*wide), interpreter._get_np_dtype(result_type))
+                result = functions[symbol](*wide).astype(interpreter._get_np_dtype(result_type))
             return Handle(result, result_type.scalar)
 
-    interpreter.InterpreterBuilder = Builder
     interpreter.interpreter_builder.__class__ = Builder
 
 
