@@ -8,7 +8,6 @@ starts it can stop it: ptxas and LLVM have inputs that take them minutes.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import re
 import subprocess
@@ -17,6 +16,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import triton
+import triton.language as tl
 from budgets import DEVICES
 from triton.backends.compiler import GPUTarget
 
@@ -24,6 +24,7 @@ from vllm_gems.catalog import catalog
 from vllm_gems.launch import Build, compile_for
 from vllm_gems.nouns import Kernel
 
+SPILLS = "a kernel that must spill"
 EVERYTHING_ON = "sm_90"  # where the kernels are tuned and timed
 
 # Constexprs that say how large the operands are, not how the work is divided. Kernels branch on 0 and on 1.
@@ -87,10 +88,17 @@ def jobs_for(target: str) -> list[Job]:
     return jobs if target == EVERYTHING_ON else representatives(jobs)
 
 
-def spilling(jobs: list[Job]) -> Job:
-    """A build that no GPU has the registers for: one that is measured to see that spilling is seen."""
-    widest = max(jobs, key=lambda job: (job.dtype == "float32", max(_sizes(job.build), default=0)))
-    return widest._replace(build=dataclasses.replace(widest.build, num_warps=1))
+@triton.jit
+def greedy_kernel(x_ptr, BLOCK: tl.constexpr):
+    """Needs all its elements at once, each for the sum and for the product."""
+    at = x_ptr + tl.arange(0, BLOCK)
+    x = tl.load(at)
+    tl.store(at, x * tl.sum(x))
+
+
+def spilling(warp_size: int) -> Build:
+    """What no GPU has the registers for: measured to see that spilling is seen."""
+    return Build(greedy_kernel, ("*fp32",), (("BLOCK", 512 * warp_size),), num_warps=1)
 
 
 def _nvidia(kernel: Any) -> dict[str, int]:
@@ -114,31 +122,29 @@ def _amd(kernel: Any) -> dict[str, int]:
     return {name: int(found[key]) for key, name in names.items()}
 
 
-def measure(job: Job, target: GPUTarget) -> dict[str, int]:
+def measure(build: Build, target: GPUTarget) -> dict[str, int]:
     """Compile; what the machine code takes, in the words of `budgets.excesses`."""
-    kernel = compile_for(job.build, target)
+    kernel = compile_for(build, target)
     used = _nvidia(kernel) if target.backend == "cuda" else _amd(kernel)
     return {**used, "shared": kernel.metadata.shared}
 
 
-def _row(job: Job, target: GPUTarget) -> dict[str, Any]:
-    build = job.build
-    label = f"{job.case}, {job.dtype}, {'' if build.aligned else 'un'}aligned, num_warps={build.num_warps}"
-    row = {"kernel": job.kernel.name, "function": build.function.__name__, "label": label}
+def _row(kernel: str, label: str, build: Build, target: GPUTarget) -> dict[str, Any]:
+    row = {"kernel": kernel, "function": build.function.__name__, "label": label}
     try:
-        return {**row, "used": measure(job, target)}
+        return {**row, "used": measure(build, target)}
     except Exception as error:  # whatever the compiler raises is this build's result
         return {**row, "error": f"{type(error).__name__}: {error}"}
 
 
 def rows(target: str) -> Iterator[dict[str, Any]]:
-    """One for every job, then one that must not be within the budget."""
+    """One for every job, and first one that must not be within the budget."""
     device = DEVICES[target]
     gpu = GPUTarget(device.backend, device.arch, device.warp_size)
-    jobs = jobs_for(target)
-    for job in jobs:
-        yield _row(job, gpu)
-    yield {**_row(spilling(jobs), gpu), "must_spill": True}
+    yield _row("", SPILLS, spilling(device.warp_size), gpu)
+    for kernel, case, dtype, build in jobs_for(target):
+        options = f"{'' if build.aligned else 'un'}aligned, num_warps={build.num_warps}"
+        yield _row(kernel.name, f"{case}, {dtype}, {options}", build, gpu)
 
 
 if __name__ == "__main__":

@@ -45,7 +45,8 @@ def test_an_op_is_probed_by_its_schema() -> None:
     assert "is now (Tensor!, float=2.0) -> (), not (Tensor!, float) -> ()" in str(
         OPS.refuses(Place("op", "torch", "gems_test::scale_", ("(Tensor!, float) -> ()",)), world, "cpu")
     )
-    assert OPS.refuses(Place("op", "torch", "gems_test::none", ()), world, "cpu") == "no op gems_test.none is registered"
+    absent = Place("op", "torch", "gems_test::none", ())
+    assert OPS.refuses(absent, world, "cpu") == "no op gems_test.none is registered"
 
 
 def test_an_op_is_covered_and_uncovered() -> None:

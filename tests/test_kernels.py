@@ -102,7 +102,8 @@ def test_every_element_of_out_is_written(kernel: Kernel) -> None:
 def test_refusals_name_the_argument(kernel: Kernel) -> None:
     """Integers are refused, by the predicate and by the op, with the same words; nothing is written."""
     inputs = kernel.inputs(next(case for case in kernel.cases if not case.bench), "float32", DEVICE)
-    first = next(name for name, value in inputs.items() if isinstance(value, torch.Tensor) and value.is_floating_point())
+    tensors = {name: value for name, value in inputs.items() if isinstance(value, torch.Tensor)}
+    first = next(name for name, value in tensors.items() if value.is_floating_point())
     inputs[first] = (inputs[first] * 100).to(torch.int32)
     before = inputs[first].clone()
     reason = kernel.refuses(**inputs)

@@ -40,7 +40,7 @@ def test_fullgraph(kernel: Kernel) -> None:
     calls = ops.CALLS[kernel.name]
 
     torch.compiler.reset()
-    compiled = torch.compile(lambda *args: op(*args), fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(op, fullgraph=True, backend="aot_eager")
     returned = compiled(*inputs.values())
 
     for got, want in zip(results_of(kernel, inputs, returned), expected, strict=True):

@@ -26,7 +26,7 @@ _ULP = {torch.float32: 2**-23, torch.float16: 2**-10, torch.bfloat16: 2**-7}
 
 
 def absolute(kernel: str, inputs: dict[str, Any], dtype: torch.dtype) -> float | None:
-    """The absolute tolerance of kernels whose error is relative to their operands, not to the result; None for others."""
+    """The absolute tolerance of a kernel whose error is relative to its operands, not to the result; else None."""
     if "rotary" in kernel:
         # Products of like size are subtracted: one rounding of the result, and those of float32 products.
         return float(inputs["query"].abs().max()) * _ULP[dtype] if inputs["query"].numel() else 0.0

@@ -18,7 +18,7 @@ _LAZY = {
     "report": "api",
 }
 
-__all__ = ["__version__", *sorted(_LAZY)]
+__all__ = ["__version__", "apply_gems_patches_to_vllm", "gems_patches", "remove_gems_patches_from_vllm", "report"]
 
 
 def __getattr__(name: str) -> Any:

@@ -6,6 +6,7 @@ A binder creates nothing that was not there, and its undo leaves the identical o
 from __future__ import annotations
 
 import gc
+import sys
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from typing import Any
 
 from . import probes
 from .nouns import Place
-from .worlds import World, find
+from .worlds import World
 
 Undo = Callable[[], None]
 # original -> replacement
@@ -74,8 +75,6 @@ class AttributeBinder:
 
 
 def _owner(module: str, qualname: str) -> Any:
-    import sys
-
     owner: Any = sys.modules[module]
     for part in filter(None, qualname.split(".")):
         owner = getattr(owner, part)
@@ -85,12 +84,14 @@ def _owner(module: str, qualname: str) -> Any:
 def instances(cls: type) -> list[Any]:
     """The live instances of `cls` and of its subclasses."""
     found: list[Any] = []
+    each: type
     for each in (cls, *_subclasses(cls)):
         found += [obj for obj in gc.get_referrers(each) if type(obj) is each]
     return found
 
 
 def _subclasses(cls: type) -> Iterable[type]:
+    sub: type
     for sub in cls.__subclasses__():
         yield sub
         yield from _subclasses(sub)
@@ -148,8 +149,6 @@ class IrBinder:
         return _accepts(world.signature(place.module, place.name), place.expects, f"vllm.ir.ops.{place.name}")
 
     def bind(self, place: Place, adapt: Adapt, platform: str) -> Bound:
-        import sys
-
         op = getattr(sys.modules[place.module], place.name)
         if self.PROVIDER in op.impls:
             raise LookupError(f"vllm.ir.ops.{place.name} has a provider {self.PROVIDER!r} already")
@@ -172,8 +171,6 @@ class BackendBinder:
         return _accepts(world.signature(self.MODULE, "register_backend"), place.expects, "register_backend")
 
     def bind(self, place: Place, adapt: Adapt, platform: str) -> Bound:
-        import sys
-
         registry = sys.modules[self.MODULE]
         member = registry.AttentionBackendEnum[place.name]
         overridden = member.is_overridden()
@@ -197,5 +194,3 @@ BINDERS: dict[str, Any] = {
     "ir": IrBinder(),
     "backend": BackendBinder(),
 }
-
-__all__ = ["BINDERS", "Bound", "find", "instances"]

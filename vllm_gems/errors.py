@@ -41,7 +41,7 @@ class DuplicateNameError(GemsError):
 
     def __init__(self, kind: str, name: str, first: str, second: str) -> None:
         super().__init__(
-            f"{kind} {name!r} is declared by {first} and by {second}; uninstall one of them, or rename it in its source."
+            f"{kind} {name!r} is declared by {first} and by {second}; uninstall one of them, or rename one."
         )
 
 

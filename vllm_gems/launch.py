@@ -121,7 +121,7 @@ def _by_subscript(build: Build) -> Launch:
 
     def launch(grid: int, *args: Any) -> None:
         wrapped = [
-            None if kind is None else arg if kind == "" else _Pointer(arg, kind)  # type: ignore[arg-type]
+            None if kind is None else arg if kind == "" else _Pointer(arg, kind)
             for kind, arg in zip(kinds, args, strict=True)
         ]
         build.function[(grid,)](*wrapped, **keywords)
@@ -143,14 +143,18 @@ def _call_3_9(kernel: Any, runner: Any, build: Build) -> tuple[Callable[..., Non
 _CALLS = {(3, 6): _call_3_6, (3, 9): _call_3_9}
 
 
+def _triton_release() -> tuple[int, int]:
+    major, minor = triton.__version__.split(".")[:2]
+    return int(major), int(minor)
+
+
 def direct_refuses() -> str | None:
     """None if kernels are launched directly in this process, else why they go through `kernel[grid]`."""
     if INTERPRETED:
         return "Triton's interpreter runs the kernels (TRITON_INTERPRET)"
     if torch.version.hip is not None:
         return "the direct launcher knows NVIDIA's backend only"
-    version = tuple(int(part) for part in triton.__version__.split(".")[:2])
-    if version not in _CALLS:
+    if _triton_release() not in _CALLS:
         known = ", ".join(f"{major}.{minor}" for major, minor in _CALLS)
         return f"the direct launcher knows Triton {known}, this is {triton.__version__}"
     if triton.knobs.runtime.debug:
@@ -164,8 +168,7 @@ def _direct(build: Build, device: int) -> Launch:
     subscript = _by_subscript(build)
     if runner.global_scratch_size or runner.profile_scratch_size:
         return subscript
-    version = tuple(int(part) for part in triton.__version__.split(".")[:2])
-    function, head, packed = _CALLS[version](kernel, runner, build)
+    function, head, packed = _CALLS[_triton_release()](kernel, runner, build)
     tail = (None,) * len(build.constexprs)
     enter, leave = triton.knobs.runtime.launch_enter_hook, triton.knobs.runtime.launch_exit_hook
     current_device, raw_stream = torch._C._cuda_getDevice, torch._C._cuda_getCurrentRawStream

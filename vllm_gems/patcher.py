@@ -14,13 +14,13 @@ from typing import Any
 
 from . import policy as policies
 from . import seams
-from .binders import BINDERS, Bound, find, instances
+from .binders import BINDERS, Bound, instances
 from .catalog import Catalog, lookup
 from .errors import NotBoundError
 from .nouns import Patch, Place, Row, Seam, State
 from .policy import Policy
 from .sites import Site
-from .worlds import LiveWorld, World
+from .worlds import LiveWorld, World, find
 
 logger = logging.getLogger("vllm_gems")
 
@@ -192,7 +192,8 @@ class Patcher:
 
     def _failed(self, entry: _Entry) -> None:
         """Our side raised. A dispatcher override may not be taken out while it runs; its site lets the original do."""
-        assert entry.site is not None and entry.place is not None
+        assert entry.site is not None
+        assert entry.place is not None
         entry.state, entry.why = State.FAILED, entry.site.failure
         if entry.place.kind == "attribute" and entry.bound is not None:
             with self._lock:
@@ -221,7 +222,7 @@ class Patcher:
 
     def _unused(self, entry: _Entry) -> tuple[State, str]:
         """Why a bound patch has no hits: (bound, "") if it may still come to it."""
-        assert entry.place is not None and entry.site is not None
+        assert entry.place is not None
         if entry.place.kind == "ir":
             return State.ASLEEP, f"not chosen; --ir-op-priority.{entry.place.name}=vllm_gems,native chooses it"
         if not entry.seam.layer:

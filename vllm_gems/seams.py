@@ -133,7 +133,7 @@ def vllm_version() -> str:
 
 
 def platform() -> str:
-    """"cuda" (NVIDIA or AMD), "cpu", another name that vLLM has for its platform, or "" while vLLM has not chosen."""
+    """What vLLM runs on: "cuda" (NVIDIA or AMD), "cpu", a name of its own, or "" while it has not chosen."""
     module = sys.modules.get("vllm.platforms")
     if module is None:
         return ""

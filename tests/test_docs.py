@@ -1,0 +1,37 @@
+"""What the documents say is so: tables come from records, files and patches that they name exist."""
+
+from __future__ import annotations
+
+import re
+
+from test_rules import ROOT
+from tools import tables
+
+from vllm_gems.catalog import catalog
+
+
+def test_readme_tables_are_those_of_the_records() -> None:
+    text = (ROOT / "README.md").read_text()
+    assert set(re.findall(r"<!-- table:(\w+) -->", text)) == set(tables.TABLES)
+    assert tables.updated(text) == text, "run python tools/tables.py"
+
+
+def test_files_named_in_the_documents_exist() -> None:
+    for name in ("README.md", "CONTRIBUTING.md", "docs/design.md"):
+        text = (ROOT / name).read_text()
+        for path in re.findall(r"`(?:python )?((?:vllm_gems|tests|tools|benchmarks|docs)/[\w/]*\.\w+)", text):
+            assert (ROOT / path).exists(), f"{name} names {path}"
+
+
+def test_every_patch_is_in_the_readme() -> None:
+    names = re.findall(r"`([a-z]+\.[\w*]+)`", (ROOT / "README.md").read_text())
+    for patch in catalog().patches:
+        assert any(re.fullmatch(name.replace(".", r"\.").replace("*", ".*"), patch) for name in names), patch
+
+
+def test_every_file_of_the_package_is_in_the_design() -> None:
+    text = (ROOT / "docs" / "design.md").read_text()
+    for path in (ROOT / "vllm_gems").iterdir():
+        name = f"{path.name}/" if path.is_dir() else path.name
+        if not name.startswith("__") and name != "py.typed":
+            assert name in text, name

@@ -1,0 +1,135 @@
+"""README's tables of measured results, made from the records under benchmarks/results.
+
+`python tools/tables.py` rewrites what stands between `<!-- table:NAME -->` and `<!-- end -->`; with `--check` it exits
+with 1 if that would change something. A number that no record has cannot get into the README this way.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import pathlib
+import re
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+README = ROOT / "README.md"
+
+Record = dict[str, Any]
+
+
+def load(name: str) -> list[Record]:
+    """The records called `name`, of every GPU that has one."""
+    return [json.loads(path.read_text()) for path in sorted(RESULTS.glob(f"*/{name}.json"))]
+
+
+def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def geometric_mean(values: Sequence[float]) -> float:
+    return math.exp(sum(math.log(value) for value in values) / len(values))
+
+
+def by(rows: Iterable[Record], *keys: str) -> dict[tuple[Any, ...], list[Record]]:
+    found: dict[tuple[Any, ...], list[Record]] = {}
+    for row in rows:
+        found.setdefault(tuple(row["case"].get(key) for key in keys), []).append(row)
+    return found
+
+
+def kernels_gpu(record: Record) -> str:
+    """GPU time against vLLM's own op, over models and token counts; bandwidth against a copy at the most tokens."""
+    rows = []
+    for (op,), group in by(record["rows"], "op").items():
+        ratios = [row["ours"] / row["against"]["stock"] for row in group]
+        most = max(row["case"]["num_tokens"] for row in group)
+        full = [row["against"]["copy"] / row["ours"] for row in group if row["case"]["num_tokens"] == most]
+        rows.append((f"`{op}`", f"{geometric_mean(ratios):.2f}", f"{max(ratios):.2f}", f"{min(full):.0%}"))
+    every = [row["ours"] / row["against"]["stock"] for row in record["rows"]]
+    rows.append(("all", f"**{geometric_mean(every):.2f}**", f"{max(every):.2f}", ""))
+    return markdown(("op", "GPU time / vLLM's, geometric mean", "worst", "of a copy's bandwidth at 8192 tokens"), rows)
+
+
+def host_per_call(record: Record) -> str:
+    """Host time through vLLM's layer, patched and not."""
+    rows = [
+        (
+            f"`{row['case']['op']}`",
+            str(row["case"]["path"]),
+            f"{row['against']['stock']:.1f}",
+            f"{row['ours']:.1f}",
+            f"{row['ours'] / row['against']['stock']:.2f}",
+        )
+        for row in record["rows"]
+        if "stock" in row["against"]
+    ]
+    return markdown(("op", "through", "vLLM, us", "with vllm-gems, us", "ratio"), rows)
+
+
+def serve_eager_dense(record: Record) -> str:
+    """Milliseconds of one decode step."""
+    rows = [
+        (
+            str(row["case"]["model"]),
+            str(row["case"]["batch"]),
+            f"{row['against']['stock']:.2f}",
+            f"{row['ours']:.2f}",
+            f"{row['ours'] / row['against']['stock']:.2f}",
+        )
+        for row in record["rows"]
+        if row["unit"] == "ms/step"
+    ]
+    return markdown(("model", "batch", "vLLM, ms/step", "with vllm-gems, ms/step", "ratio"), rows)
+
+
+def vllm_suite(record: Record) -> str:
+    """vLLM's own tests: passed without and with the plugin."""
+    rows = [
+        (f"`{row['case']['file']}`", f"{row['against']['stock']:g}", f"{row['ours']:g}")
+        for row in record["rows"]
+        if row["unit"] == "tests passed"
+    ]
+    return markdown(("vLLM's test file", "passed without", "passed with vllm-gems"), rows)
+
+
+TABLES: dict[str, Callable[[Record], str]] = {
+    table.__name__: table for table in (kernels_gpu, host_per_call, serve_eager_dense, vllm_suite)
+}
+
+
+def rendered(name: str) -> str:
+    """The tables of every record called `name`, each under a line that says where it comes from."""
+    parts = []
+    for record in load(name):
+        versions = record["versions"]
+        where = f"{record['gpu']}, vLLM {versions['vllm']}, PyTorch {versions['torch']}, Triton {versions['triton']}"
+        source = f"`{name}.json`, {record['date']}, commit {record['commit'][:10]}"
+        parts.append(f"{where} ({source}):\n\n{TABLES[name](record)}")
+    return "\n\n".join(parts) or "Not measured yet."
+
+
+def updated(text: str) -> str:
+    def replace(match: re.Match[str]) -> str:
+        return f"{match[1]}\n{rendered(match[2])}\n<!-- end -->"
+
+    return re.sub(r"(<!-- table:(\w+) -->).*?<!-- end -->", replace, text, flags=re.DOTALL)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if something would")
+    args = parser.parse_args()
+    before = README.read_text()
+    after = updated(before)
+    if not args.check:
+        README.write_text(after)
+    return int(args.check and before != after)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
