@@ -136,7 +136,7 @@ class _Formats:
         import numpy as np
 
         self.by_name = {name: np.dtype(getattr(ml_dtypes, held)) for name, held in _HELD.items()}
-        self.raw = {dtype: np.dtype(f"u{dtype.itemsize}") for dtype in self.by_name.values()}
+        self.raw: dict[Any, Any] = {dtype: np.dtype(f"u{dtype.itemsize}") for dtype in self.by_name.values()}
         self.narrow = {*self.raw, np.dtype("f2")}
         self.limits = {dtype: float(ml_dtypes.finfo(dtype).max) for dtype in self.raw if dtype.itemsize == 1}
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -140,7 +141,7 @@ def _call_3_9(kernel: Any, runner: Any, build: Build) -> tuple[Callable[..., Non
 
 
 # Triton release -> (C function, arguments between the stream and the kernel's own, whether the latter are one tuple).
-_CALLS = {(3, 6): _call_3_6, (3, 9): _call_3_9}
+_CALLS = {(3, 6): _call_3_6, (3, 7): _call_3_9, (3, 8): _call_3_9, (3, 9): _call_3_9}
 
 
 def _triton_release() -> tuple[int, int]:
@@ -164,12 +165,15 @@ def direct_refuses() -> str | None:
 
 def _direct(build: Build, device: int) -> Launch:
     kernel = compile_for(build, triton.runtime.driver.active.get_current_target())
+    # The constexprs are in the machine code. Out of the launcher's signature, they cost no call a placeholder each,
+    # and builds that differ in them alone share one C launcher.
+    runtime = dict(list(kernel.src.signature.items())[: len(build.types)])
+    kernel.src = SimpleNamespace(fn=kernel.src.fn, signature=runtime, constants={})
     runner = kernel.run  # loads the binary on the current device; raises OutOfResources
     subscript = _by_subscript(build)
     if runner.global_scratch_size or runner.profile_scratch_size:
         return subscript
     function, head, packed = _CALLS[_triton_release()](kernel, runner, build)
-    tail = (None,) * len(build.constexprs)
     enter, leave = triton.knobs.runtime.launch_enter_hook, triton.knobs.runtime.launch_exit_hook
     current_device, raw_stream = torch._C._cuda_getDevice, torch._C._cuda_getCurrentRawStream
 
@@ -183,14 +187,14 @@ def _direct(build: Build, device: int) -> Launch:
             if current_device() != device or enter.calls or leave.calls:
                 guarded(grid, *args)
             else:
-                function(grid, 1, 1, raw_stream(device), *head, args + tail)
+                function(grid, 1, 1, raw_stream(device), *head, args)
     else:
 
         def launch(grid: int, *args: Any) -> None:
             if current_device() != device or enter.calls or leave.calls:
                 guarded(grid, *args)
             else:
-                function(grid, 1, 1, raw_stream(device), *head, *args, *tail)
+                function(grid, 1, 1, raw_stream(device), *head, *args)
 
     return launch
 

@@ -19,7 +19,7 @@ from ..nouns import Case, Kernel
 from .common import TOKENS, nbytes, power_of_two, randn, rows_of, strided
 
 # One program keeps a whole row in registers; beyond this they spill.
-MAX_HIDDEN_SIZE = 32768
+MAX_HIDDEN_SIZE = 16384
 
 
 @triton.jit
@@ -86,23 +86,23 @@ def _rms_norm_kernel(
 
 # From this many rows on, the GPU is full.
 _MANY_ROWS = 512
-_SHORT = 1024  # rows up to this share a program
+# Rows up to this long share a program.
+_SHORT = 1024
 
 
 def _tiling(hidden_size: int, residual: bool, many: bool) -> tuple[int, int]:
-    """(rows per program, warps), as measured on an H100 with rows of 128 and of 3584 to 7168.
+    """(rows per program, warps), from measurements on an H100 with rows of 128 and of 3584 to 7168 elements.
 
-    A few rows: 16 elements a thread, for the shortest way through one row. Many: twice as many where a row of the
-    residual is in flight too, for the fewest threads to wait for one another at the reduction (up to 6% at 512 rows,
-    1% at 2048). Short rows share a program of 8 warps, however many there are: one program each takes three times as
-    long from 65536 on.
+    A few rows: 16 elements a thread, the quickest way through one row. Many: 64 with a residual, 32 without (in rows of
+    more than 4096), because fewer warps wait for one another at the reduction: up to 6% at 512 rows, 1% at 2048. Short
+    rows share a program, few or many: one program each takes three times as long from 65536 on.
     """
     block = power_of_two(hidden_size)
     if block <= _SHORT:
         return 2048 // block, 8
-    if many:
+    if many or block > 8192:
         return 1, max(4, block // 2048) if residual else max(8, block // 1024)
-    return 1, min(block // 512, 16)
+    return 1, block // 512
 
 
 def _build(
@@ -117,7 +117,8 @@ def _build(
     many: bool = False,
     aligned: bool = True,
 ) -> Build:
-    rows, num_warps = _tiling(hidden_size, residual, many)
+    # Gemma's product in float32 takes registers that 64 elements a thread do not leave.
+    rows, num_warps = _tiling(hidden_size, residual and not gemma, many)
     x = pointer(dtype)
     return Build(
         function=_rms_norm_kernel,
@@ -175,12 +176,12 @@ def _launches(
     """(the launch for aligned rows, one a program, below how many rows it is the right one,
     (rows, inner, misaligned bits) -> (launch, grid) for all others).
 
-    `args` are those of `_build` up to `in_place`. Both tilings of aligned rows are compiled here, the rest at first use.
+    `args` are those of `_build` up to `in_place`. Both tilings of aligned rows are compiled here, others at first use.
     """
 
     @functools.cache
     def tiled(inner: int, many: bool, aligned: bool) -> tuple[Launch, int]:
-        build = _build(*args, inner=inner, many=many, aligned=aligned)
+        build = _build(*args, inner, many, aligned)  # type: ignore[call-arg]
         return launcher(build, device), dict(build.constexprs)["ROWS"]
 
     def pick(rows: int, inner: int, misaligned: int) -> tuple[Launch, int]:
@@ -547,7 +548,9 @@ def _fused_stock(
     op(x, residual, weight, epsilon)
 
 
-_GEMMA_CASES = tuple(case for case in _CASES if case.get("weight", "") is not None and "variance_size" not in case.params)
+_GEMMA_CASES = tuple(
+    case for case in _CASES if case.get("weight", "") is not None and "variance_size" not in case.params
+)
 
 RMS_NORM = Kernel(
     name="rms_norm",

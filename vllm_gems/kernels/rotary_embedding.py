@@ -1,4 +1,4 @@
-"""Rotary position embedding of query and key in place: NeoX and GPT-J pairs, partial, inverse, and M-RoPE's sections."""
+"""Rotary position embedding of query and key in place: NeoX and GPT-J pairs, partial, inverse, M-RoPE's sections."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ class Rotation(NamedTuple):
 class _Heads(NamedTuple):
     """One of query and key, seen as heads of tokens."""
 
-    count: int
+    number: int
     stride: int  # between tokens
     head_stride: int
 
@@ -124,6 +124,33 @@ class _Heads(NamedTuple):
 # Of query and key together: launches for few and many tokens, tiles of a token, strides as the kernel takes them, all
 # their bits, and the numbers of heads.
 _Layout = tuple[Launch, Launch, int, tuple[int, int, int, int, int], int, tuple[int, int]]
+# check(*tensors) -> whether they are like others in all but the number of tokens
+_Like = Callable[..., bool]
+
+
+def _nothing_like(*tensors: Any) -> bool:
+    return False
+
+
+def _like(*tensors: tuple[torch.Tensor, int | None]) -> _Like:
+    """check(*others) -> whether they are like `tensors`, each given with the dimension whose size is free.
+
+    Types, dtypes, devices, sizes and strides are compared in one call into C++, which Dynamo has for its guards, for a
+    third of what it costs to ask for them in Python. Where PyTorch lacks it, nothing is like anything.
+    """
+    sizes, strides = [], []
+    for x, free in tensors:
+        sizes.append([None if dim == free else size for dim, size in enumerate(x.shape)])
+        strides.append([None if free is not None and dim < free else step for dim, step in enumerate(x.stride())])
+    core: Any = torch._C
+    try:
+        guards = core._dynamo.guards.TensorGuards(
+            *(x for x, _ in tensors), dynamic_dims_sizes=sizes, dynamic_dims_strides=strides
+        )
+        check: _Like = guards.check
+    except (AttributeError, TypeError):
+        return _nothing_like
+    return check
 
 
 def _heads_of(name: str, x: torch.Tensor, token_dims: int, head_size: int) -> _Heads:
@@ -145,8 +172,9 @@ def _heads_of(name: str, x: torch.Tensor, token_dims: int, head_size: int) -> _H
     return _Heads(count, strides[token_dims - 1], head_stride)
 
 
-# From this many tokens on, the GPU is full. Measured on an H100 with 32, 40 and 129 heads: of tiles of 256 to 4096
-# pairs, 512 are within 2% of the best for every number of tokens, if few tokens have 4 pairs a thread and many 16.
+# From this many tokens on, the GPU is full. Measured on an H100 with 32, 40 and 129 heads: of tiles of 64 to 4096 pairs
+# on 1 to 8 warps, these are within 6% of the best throughout (GPT-J's pairs at 128 tokens apart, which would take 8 a
+# thread); 4 pairs a thread for many tokens too would cost 5% to 13%.
 _MANY_TOKENS = 512
 _TILE_PAIRS = 512
 _PAIRS_PER_THREAD = {False: 4, True: 16}  # by whether there are many
@@ -240,39 +268,67 @@ def bind_rotary_embedding(
         q = _heads_of("query", query, token_dims, rotation.head_size)
         k = _Heads(0, 0, 0) if key is None else _heads_of("key", key, token_dims, rotation.head_size)
         # Both are compiled now, so that no later call with this layout does.
-        few, many = (launch_for(positions.dtype, q.count, k.count, many, True) for many in (False, True))
-        per_program, _ = _tiling(max(q.count, k.count), rotation.rotary_dim // 2, True)
-        tiles = (q.count + per_program - 1) // per_program + (k.count + per_program - 1) // per_program
+        few, many = (launch_for(positions.dtype, q.number, k.number, many, True) for many in (False, True))
+        per_program, _ = _tiling(max(q.number, k.number), rotation.rotary_dim // 2, True)
+        tiles = (q.number + per_program - 1) // per_program + (k.number + per_program - 1) // per_program
         strides = q.stride, q.head_stride, k.stride, k.head_stride, cache_width
-        return few, many, tiles, strides, functools.reduce(operator.or_, strides), (q.count, k.count)
+        return few, many, tiles, strides, functools.reduce(operator.or_, strides), (q.number, k.number)
 
     # By all of query's and key's shapes and strides but the number of tokens.
     layouts: dict[Any, _Layout] = {}
+    likes: dict[Any, _Like] = {}
+
+    def checked(
+        positions: torch.Tensor, query: torch.Tensor, key: torch.Tensor | None, cache: torch.Tensor
+    ) -> tuple[_Layout, int, _Like]:
+        """(layout, number of tokens, what later calls are like); raises Refused."""
+        q_shape = query.shape
+        k_shape = q_shape if key is None else key.shape
+        flat = positions.dim() - sections == 1 and len(q_shape) > 1
+        tokens = q_shape[0] if flat else q_shape[0] * q_shape[1]
+        if (
+            query.dtype is not dtype
+            or query.get_device() != device
+            or (key is not None and (key.dtype is not dtype or key.get_device() != device))
+            or k_shape[0] != q_shape[0]
+            or positions.numel() != (3 * tokens if sections else tokens)
+            or positions.get_device() != device
+            or not positions.is_contiguous()
+            or cache.dtype is not cache_dtype
+            or cache.get_device() != device
+            or cache.shape[-1] != cache_width
+            or not cache.is_contiguous()
+        ):
+            raise Refused(_unlike(positions, query, key, cache, dtype, cache_dtype, device))
+        if not flat:
+            return layout(positions, query, key), tokens, _nothing_like
+        of = positions.dtype, q_shape[1:], query.stride(), None if key is None else (k_shape[1:], key.stride())
+        if of not in layouts:
+            layouts[of] = layout(positions, query, key)
+        like: _Like = likes.get(of, _nothing_like)
+        if key is not None and tokens and not like(positions, query, key, cache):
+            like = likes[of] = _like((positions, int(sections)), (query, 0), (key, 0), (cache, None))
+        return layouts[of], tokens, like
+
+    # The last call's: what it was like, the elements of query and key at a token, the layout.
+    last: tuple[_Like, int, int, _Layout | None] = (_nothing_like, 0, 0, None)
 
     def call(
         positions: torch.Tensor, query: torch.Tensor, key: torch.Tensor | None, cache: torch.Tensor
     ) -> None:
-        q_shape = query.shape
-        k_shape = q_shape if key is None else key.shape
-        if positions.dim() - sections == 1 and len(q_shape) > 1:
-            tokens = q_shape[0]
-            q_layout = positions.dtype, q_shape[1], q_shape[-1], query.stride()
-            of = q_layout if key is None else (*q_layout, k_shape[1], k_shape[-1], key.stride())
-            found = layouts.get(of)
-            if found is None:
-                found = layouts[of] = layout(positions, query, key)
-        else:
-            found = layout(positions, query, key)
-            tokens = q_shape[0] * q_shape[1]
+        nonlocal last
+        like, q_width, k_width, found = last
+        tokens = positions.numel() // 3 if sections else positions.numel()
         if (
-            query.dtype is not dtype
-            or query.get_device() != device
-            or cache.dtype is not cache_dtype
-            or positions.numel() != (3 * tokens if sections else tokens)
-            or k_shape[0] != q_shape[0]
-            or (key is not None and key.dtype is not dtype)
+            key is None
+            or found is None
+            or not like(positions, query, key, cache)
+            or query.numel() != tokens * q_width
+            or key.numel() != tokens * k_width
         ):
-            raise Refused(_unlike(positions, query, key, cache, dtype, cache_dtype, device))
+            found, tokens, like = checked(positions, query, key, cache)
+            if key is not None and tokens:
+                last = like, query.numel() // tokens, key.numel() // tokens, found
         few, many, tiles, strides, bits, heads = found
         launch = few if tokens < _MANY_TOKENS else many
         query_at, key_at, cache_at = query.data_ptr(), 0 if key is None else key.data_ptr(), cache.data_ptr()
@@ -443,7 +499,7 @@ def rotary_embedding_reference(
     turned = [
         None if x is None else _turned(x, tokens, head_size, rope_dim_offset, cos, sin, is_neox) for x in (query, key)
     ]
-    return turned[0], turned[1]  # type: ignore[return-value]
+    return turned[0], turned[1]
 
 
 def mrotary_embedding_reference(
@@ -469,7 +525,7 @@ def mrotary_embedding_reference(
     cos, sin = cos_sin_cache[at, pairs], cos_sin_cache[at, half + pairs]
     tokens = positions.shape[1]
     turned = [None if x is None else _turned(x, tokens, head_size, 0, cos, sin, is_neox) for x in (query, key)]
-    return turned[0], turned[1]  # type: ignore[return-value]
+    return turned[0], turned[1]
 
 
 # Query heads, key heads, head size, rotated elements, NeoX: attention of Qwen2.5-7B and Llama-3.1-8B as slices of qkv,
@@ -550,9 +606,10 @@ def _builds(case: Case, dtype: str) -> Iterator[Build]:
         case.get("inverse", False), case.get("section", ()), case.get("turns", False),
     )  # fmt: skip
     dtypes = dtype_of(dtype), dtype_of(case.get("cache", dtype)), dtype_of(case.get("positions", "int64"))
+    q_heads, k_heads = case["heads"]
     for many in (False, True):
         for is_aligned in (True, False):
-            yield _build(rotation, *dtypes, *case["heads"], many, is_aligned)
+            yield _build(rotation, *dtypes, q_heads, k_heads, many, is_aligned)
 
 
 def _traffic(positions: torch.Tensor, query: torch.Tensor, key: torch.Tensor | None, **rest: Any) -> int:
