@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 
 from test_rules import ROOT
-from tools import tables
 
+from tools import tables
 from vllm_gems.catalog import catalog
 
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import copy
+import gc
 import importlib
 import itertools
 import pathlib
+import pickle
 import sys
 from collections.abc import Callable
 from typing import Any
 
 import pytest
-import toy
 import torch
+import toy
 from children import in_child
 
 from vllm_gems import seams
@@ -107,6 +110,45 @@ def test_instances_made_before_and_after_follow() -> None:
         patcher.undo()
         assert [before(1), child(1), after(1)] == [("stock", 1)] * 3
         assert before._forward_method.__func__ is vars(module.Layer)["forward_cpu"]
+
+    in_child(check)
+
+
+def test_frozen_instances_follow() -> None:
+    """vLLM freezes the heap of a warm worker."""
+
+    def check() -> None:
+        module = importlib.import_module(MODULE)
+        layer = module.Layer()
+        gc.freeze()
+        patcher = toy.patcher()
+        patcher.apply(Policy())
+        assert gc.get_freeze_count() > 0
+        assert layer(1) == ("ours", 1)
+        patcher.undo()
+        assert layer(1) == ("stock", 1)
+
+    in_child(check)
+
+
+def test_a_copy_of_a_settled_layer_is_settled_anew() -> None:
+    def adapt(original: Any, site: Any) -> Any:
+        def bind(layer: Any, x: Any, scale: int = 1) -> Any:
+            return lambda x, scale=1: (id(layer), x)
+
+        return toy.layer_method(original, site, bind, bind)
+
+    def check() -> None:
+        module = importlib.import_module(MODULE)
+        patcher = toy.patcher(toy.patch("toy.layer", "layer", adapt))
+        patcher.apply(Policy())
+        layer = module.Layer()
+        assert layer(1) == (id(layer), 1)
+        twin, pickled = copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))
+        for each in (twin, pickled, layer):
+            assert [each(1), each(2)] == [(id(each), 1), (id(each), 2)]
+        patcher.undo()
+        assert [each(1) for each in (twin, pickled, layer)] == [("stock", 1)] * 3
 
     in_child(check)
 

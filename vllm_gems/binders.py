@@ -6,6 +6,7 @@ A binder creates nothing that was not there, and its undo leaves the identical o
 from __future__ import annotations
 
 import gc
+import inspect
 import sys
 import warnings
 from collections.abc import Callable, Iterable
@@ -60,7 +61,8 @@ class AttributeBinder:
         original = getattr(owner, attribute)
         replacement = adapt(original)
         setattr(owner, attribute, replacement)
-        _reseat(owner, original, replacement)
+        if not getattr(sys.modules[place.module].__spec__, "_initializing", False):
+            _reseat(owner, original, replacement)  # while its module is being imported, a class has no instances
 
         def undo() -> None:
             if vars(owner).get(attribute) is not replacement:
@@ -81,13 +83,20 @@ def _owner(module: str, qualname: str) -> Any:
     return owner
 
 
-def instances(cls: type) -> list[Any]:
-    """The live instances of `cls` and of its subclasses."""
-    found: list[Any] = []
-    each: type
-    for each in (cls, *_subclasses(cls)):
-        found += [obj for obj in gc.get_referrers(each) if type(obj) is each]
-    return found
+def instances(*classes_: type) -> list[Any]:
+    """The live instances of `classes_` and of their subclasses, in one walk over the heap, the frozen ones among them.
+
+    vLLM freezes the heap when a worker is warm; the collector's searches do not look at what is frozen.
+    """
+    classes = {each for cls in classes_ for each in (cls, *_subclasses(cls))}
+    frozen = gc.get_freeze_count()
+    if frozen:
+        gc.unfreeze()
+    try:
+        return [obj for obj in gc.get_referrers(*classes) if type(obj) in classes]
+    finally:
+        if frozen:
+            gc.freeze()
 
 
 def _subclasses(cls: type) -> Iterable[type]:
@@ -126,6 +135,9 @@ class OpBinder:
     def bind(self, place: Place, adapt: Adapt, platform: str) -> Bound:
         import torch
 
+        # Newer releases of PyTorch want to be told that a kernel made in Python may be covered by another.
+        known = inspect.signature(torch.library.Library.impl).parameters
+        allow = {"allow_override": True} if "allow_override" in known else {}
         key = self._KEYS[platform]
         namespace, _, name = place.name.partition("::")
         if not torch._C._dispatch_has_kernel_for_dispatch_key(place.name, key):
@@ -135,8 +147,9 @@ class OpBinder:
         original = torch.library.get_kernel(place.name, key)
         library = torch.library.Library(namespace, "IMPL")
         with warnings.catch_warnings():
+            # Some releases of PyTorch warn once.
             warnings.filterwarnings("ignore", message="(?s).*overriding a previously registered kernel")
-            library.impl(name, adapt(original), key, with_keyset=True)
+            library.impl(name, adapt(original), key, with_keyset=True, **allow)
         return Bound(library._destroy, f"the {key} kernel of {place}")
 
 

@@ -95,7 +95,10 @@ class Patcher:
     def rows(self) -> tuple[Row, ...]:
         """The state of every patch now, in the catalog's order."""
         with self._lock:
-            return tuple(self._row(self._entries[name]) for name in self.catalog.patches if name in self._entries)
+            classes = {cls for entry in self._order if isinstance(cls := _layer_of(entry), type)}
+            layers = instances(*classes) if classes else []
+            entries = [self._entries[name] for name in self.catalog.patches if name in self._entries]
+            return tuple(self._row(entry, layers) for entry in entries)
 
     def reset_counts(self) -> None:
         """Forget the hits of the parent, in a forked child."""
@@ -202,12 +205,13 @@ class Patcher:
 
     # Telling
 
-    def _row(self, entry: _Entry) -> Row:
+    def _row(self, entry: _Entry, layers: Sequence[Any] = ()) -> Row:
+        """Of `entry`; `layers` are the live instances to judge by whether it sleeps."""
         site, place = entry.site, entry.place
         hits = 0 if site is None else site.hits + _traced_hits(entry)
         state, why = entry.state, entry.why
         if state is State.BOUND and hits == 0:
-            state, why = self._unused(entry)
+            state, why = self._unused(entry, layers)
         return Row(
             patch=entry.patch.name,
             state=state,
@@ -220,7 +224,7 @@ class Patcher:
             wanted=entry.wanted,
         )
 
-    def _unused(self, entry: _Entry) -> tuple[State, str]:
+    def _unused(self, entry: _Entry, layers: Sequence[Any]) -> tuple[State, str]:
         """Why a bound patch has no hits: (bound, "") if it may still come to it."""
         assert entry.place is not None
         if entry.place.kind == "ir":
@@ -231,13 +235,17 @@ class Patcher:
             same = other.seam.layer == entry.seam.layer and other is not entry
             if same and other.place is not None and other.place.kind == "attribute" and entry.place.kind == "op":
                 return State.BOUND, f"{other.patch.name} answers first"
-        cls = find(*entry.seam.layer.split(":"))
-        layers = instances(cls) if isinstance(cls, type) else []
-        native = [layer for layer in layers if _chose_native(layer)]
-        if layers and len(native) == len(layers):
+        cls = _layer_of(entry)
+        chosen = [_chose_native(layer) for layer in layers if isinstance(cls, type) and issubclass(type(layer), cls)]
+        if chosen and all(chosen):
             name = getattr(cls, "name", cls.__name__)
-            return State.ASLEEP, f"all {len(layers)} layers run forward_native; custom_ops=[\"+{name}\"] wakes it"
+            return State.ASLEEP, f"all {len(chosen)} layers run forward_native; custom_ops=[\"+{name}\"] wakes it"
         return State.BOUND, ""
+
+
+def _layer_of(entry: _Entry) -> Any:
+    """The class whose instances call this entry's place, if it is imported."""
+    return find(*entry.seam.layer.split(":")) if entry.seam.layer else None
 
 
 def _chose_native(layer: Any) -> bool:

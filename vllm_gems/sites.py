@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable
-from types import FunctionType
+from types import MethodType
 from typing import Any
 
 import torch
@@ -83,12 +83,13 @@ def layer_method(
         if is_tracing():
             return traced(self, *args, **kwargs)
         slot = self.__dict__.get("_forward_method")
-        if isinstance(slot, FunctionType) and getattr(slot, "__vllm_gems__", None) is site:
+        chosen = getattr(slot, "__func__", None)
+        if chosen is not forward and getattr(chosen, "__vllm_gems__", None) is site:
             return slot(*args, **kwargs)
         settled = _settle(self, original, site, bind, traced, args, kwargs)
         if settled is None:
             return original(self, *args, **kwargs)
-        if getattr(slot, "__func__", None) is forward:
+        if chosen is forward:
             self._forward_method = settled
         return settled(*args, **kwargs)
 
@@ -114,15 +115,20 @@ def _settle(
         site.fail(error)
         return None
 
-    def settled(*args: Any, **kwargs: Any) -> Any:
+    # A method and not a closure alone, so that a copy of the layer calls it with itself and is settled anew.
+    def settled(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self is not layer:
+            self._forward_method = getattr(self, original.__name__)
+            return self._forward_method(*args, **kwargs)
         if is_tracing():
             return traced(layer, *args, **kwargs)
         try:
-            result = call(*args, **kwargs)
+            # Nearly all calls are by position; an empty dictionary unpacked costs as much as the counter.
+            result = call(*args, **kwargs) if kwargs else call(*args)
         except Refused as refusal:
             site.decline(refusal)
             # The next call may be settled differently, by its own arguments.
-            if layer.__dict__.get("_forward_method") is settled:
+            if getattr(layer.__dict__.get("_forward_method"), "__func__", None) is settled:
                 layer._forward_method = getattr(layer, original.__name__)
             return original(layer, *args, **kwargs)
         except Exception as error:
@@ -132,7 +138,8 @@ def _settle(
         return result
 
     settled.__vllm_gems__ = site  # type: ignore[attr-defined]
-    return settled
+    settled.__name__ = original.__name__  # by which a bound method is pickled
+    return MethodType(settled, layer)
 
 
 def op_kernel(original: Any, site: Site, call: Callable[..., Any]) -> Callable[..., Any]:

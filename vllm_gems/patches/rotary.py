@@ -26,19 +26,15 @@ def _cache_of(layer: Any, query: Any, own_dtype: bool) -> Any:
 
 def _settled(layer: Any, query: Any, own_dtype: bool, *sections: Any) -> Callable[..., Any]:
     """call(positions, query, key) for this layer, in place."""
-    from ..errors import Refused
     from ..kernels.rotary_embedding import Rotation, bind_rotary_embedding
 
     cache_dtype = _cache_of(layer, query, own_dtype).dtype
     rotation = Rotation(layer.head_size, layer.rotary_dim, layer.is_neox_style, 0, False, *sections)
     turn = bind_rotary_embedding(rotation, query.dtype, cache_dtype, query.get_device())
-    device, buffers = query.get_device(), layer._buffers
+    buffers = layer._buffers
 
     def call(positions: Any, query: Any, key: Any = None) -> Any:
-        cache = buffers["cos_sin_cache"]
-        if cache.get_device() != device or not positions.is_contiguous() or positions.get_device() != device:
-            raise Refused("positions are not contiguous, or they or cos_sin_cache are on another device")
-        turn(positions, query, key, cache)
+        turn(positions, query, key, buffers["cos_sin_cache"])
         return query, key
 
     return call
