@@ -17,6 +17,8 @@ from typing import Any
 
 import torch
 
+from vllm_gems.reports import gpu_slug
+
 ROOT = pathlib.Path(__file__).resolve().parent
 RESULTS = ROOT / "results"
 
@@ -158,16 +160,10 @@ def gpu_name() -> str:
     return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
 
 
-def slug(gpu: str) -> str:
-    """The folder of a GPU's records: 'NVIDIA H100 80GB HBM3' -> 'h100'."""
-    words = gpu.lower().replace("nvidia", "").split()
-    return words[0] if words else "cpu"
-
-
 def record(name: str, rows: list[dict[str, Any]], *, folder: pathlib.Path | None = None, **more: Any) -> pathlib.Path:
     """Write `rows` as benchmarks/results/<gpu>/<name>.json, with what is needed to judge and repeat them."""
     gpu = gpu_name()
-    path = (folder or RESULTS / slug(gpu)) / f"{name}.json"
+    path = (folder or RESULTS / gpu_slug(gpu)) / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     head = {
         "name": name,

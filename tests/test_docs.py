@@ -16,6 +16,11 @@ def test_readme_tables_are_those_of_the_records() -> None:
     assert tables.updated(text) == text, "run python tools/tables.py"
 
 
+def test_the_reports_speedups_are_those_of_the_records() -> None:
+    for folder in tables.RESULTS.glob("*/"):
+        assert (tables.MEASURED / f"{folder.name}.json").read_text() == tables.speedups(folder.name)
+
+
 def test_files_named_in_the_documents_exist() -> None:
     for name in ("README.md", "CONTRIBUTING.md", "docs/design.md"):
         text = (ROOT / name).read_text()

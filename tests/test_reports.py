@@ -12,7 +12,7 @@ from vllm_gems.nouns import Row, State
 from vllm_gems.reports import Report, merge
 
 ROWS = (
-    Row("layernorm.rms_norm", State.BOUND, "RMSNorm.forward_cuda", hits=57344, wanted=True),
+    Row("layernorm.rms_norm", State.BOUND, "RMSNorm.forward_cuda", hits=57344, wanted=True, speedup=1.94),
     Row("activation.silu_and_mul", State.ASLEEP, "SiluAndMul.forward_cuda", "custom_ops leave it out", wanted=True),
     Row("rotary.mrope", State.REFUSED, "MRotaryEmbedding.forward_cuda", "it has moved", declined={"odd": 3}, errors=1),
     Row("ir.rms_norm", State.OFF, "rms_norm", "off by default"),
@@ -27,8 +27,8 @@ def report(*rows: Row, pid: int = 1, rank: str = "0") -> Report:
 def test_text_has_a_line_for_every_patch() -> None:
     lines = report().text().splitlines()
     assert lines[0].startswith("vllm-gems 0.1.0  vllm 0.26.0  torch 2.11.0  triton 3.6.0  NVIDIA H100")
-    assert lines[1].split() == ["patch", "state", "where", "hits", "why"]
-    assert lines[2].split() == ["layernorm.rms_norm", "bound", "RMSNorm.forward_cuda", "57344"]
+    assert lines[1].split() == ["patch", "state", "where", "hits", "vs", "vLLM", "why"]
+    assert lines[2].split() == ["layernorm.rms_norm", "bound", "RMSNorm.forward_cuda", "57344", "1.9x"]
     assert lines[4].endswith("it has moved; declined 3: odd; errors 1")
     assert len({line.index("  ", 25) for line in lines[1:2]}) == 1
     assert len(lines) == 2 + len(ROWS)

@@ -1,7 +1,8 @@
-"""README's tables of measured results, made from the records under benchmarks/results.
+"""README's tables of measured results and the report's speed-ups, made from the records under benchmarks/results.
 
-`python tools/tables.py` rewrites what stands between `<!-- table:NAME -->` and `<!-- end -->`; with `--check` it exits
-with 1 if that would change something. A number that no record has cannot get into the README this way.
+`python tools/tables.py` rewrites what stands between `<!-- table:NAME -->` and `<!-- end -->` in the README, and
+`vllm_gems/measured/<gpu>.json`; with `--check` it exits with 1 if that would change something. A number that no record
+has cannot get in this way.
 """
 
 from __future__ import annotations
@@ -14,9 +15,12 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+from vllm_gems.catalog import catalog
+
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 README = ROOT / "README.md"
+MEASURED = ROOT / "vllm_gems" / "measured"
 
 Record = dict[str, Any]
 
@@ -120,15 +124,44 @@ def updated(text: str) -> str:
     return re.sub(r"(<!-- table:(\w+) -->).*?<!-- end -->", replace, text, flags=re.DOTALL)
 
 
+def speedups(gpu: str) -> str:
+    """What `vllm_gems/measured/<gpu>.json` holds: patch -> vLLM's time over ours, the geometric mean over its kernels.
+
+    Host time through the layer for patches of layers, GPU time over all shapes for patches of ops.
+    """
+    records = {name: RESULTS / gpu / f"{name}.json" for name in ("host_per_call", "kernels_gpu")}
+    rows = {name: json.loads(path.read_text())["rows"] for name, path in records.items() if path.exists()}
+    layers = by((row for row in rows.get("host_per_call", ()) if row["case"]["path"] == "layer"), "op")
+    ops = by(rows.get("kernels_gpu", ()), "op")
+    found = {}
+    for patch in catalog().patches.values():
+        measured = ops if patch.name.startswith("op.") else layers
+        group = [row for name in patch.kernels for row in measured.get((name,), ()) if patch.seam in _MEASURED_SEAMS]
+        if group:
+            found[patch.name] = round(geometric_mean([row["against"]["stock"] / row["ours"] for row in group]), 2)
+    return json.dumps({"speedup": found}, indent=1) + "\n"
+
+
+# The layers that benchmarks/kernels.py times; others share kernels with them, but not vLLM's side.
+_MEASURED_SEAMS = {
+    "layer.rms_norm", "layer.rotary_embedding", "layer.silu_and_mul",
+    "op.rms_norm", "op.fused_add_rms_norm", "op.rotary_embedding", "op.silu_and_mul",
+}  # fmt: skip
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if something would")
     args = parser.parse_args()
-    before = README.read_text()
-    after = updated(before)
+    wanted = {README: updated(README.read_text())}
+    for folder in sorted(path for path in RESULTS.glob("*") if path.is_dir()):
+        wanted[MEASURED / f"{folder.name}.json"] = speedups(folder.name)
+    stale = [path for path, text in wanted.items() if not path.exists() or path.read_text() != text]
     if not args.check:
-        README.write_text(after)
-    return int(args.check and before != after)
+        for path in stale:
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(wanted[path])
+    return int(args.check and bool(stale))
 
 
 if __name__ == "__main__":

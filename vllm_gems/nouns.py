@@ -125,6 +125,7 @@ class Row:
     errors: int = 0
     replaced: str = ""  # what stood there before, as it calls itself
     wanted: bool = False  # asked for by name
+    speedup: float | None = None  # vLLM's time over ours, measured on this GPU
 
     @property
     def ok(self) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
+import importlib.resources
 import json
 import os
 import pathlib
@@ -34,10 +35,12 @@ class Report:
     @classmethod
     def of_process(cls, rows: tuple[Row, ...]) -> Report:
         names = ("vllm", "torch", "triton")
+        device = _device()
+        measured = speedups(device)
         return cls(
-            rows=rows,
+            rows=tuple(dataclasses.replace(row, speedup=measured.get(row.patch)) for row in rows),
             versions={"vllm_gems": __version__, **{name: _version(name) for name in names}},
-            device=_device(),
+            device=device,
             pid=(os.getpid(),),
             rank=_rank(),
             mode=_mode(rows),
@@ -99,9 +102,11 @@ class Report:
     def text(self, everything: bool = True) -> str:
         """The table; without `everything`, only patches that are in place or should be."""
         rows = [row for row in self.rows if everything or row.state not in (State.OFF, State.WAITING)]
-        cells = [("patch", "state", "where", "hits", "why")]
-        cells += [(row.patch, str(row.state), row.where, str(row.hits), _remarks(row)) for row in rows]
-        return "\n".join([self._head(), *_columns(cells, right={3})])
+        cells = [("patch", "state", "where", "hits", "vs vLLM", "why")]
+        for row in rows:
+            speedup = "" if row.speedup is None else f"{row.speedup:.1f}x"
+            cells.append((row.patch, str(row.state), row.where, str(row.hits), speedup, _remarks(row)))
+        return "\n".join([self._head(), *_columns(cells, right={3, 4})])
 
     def _head(self) -> str:
         versions = "  ".join(f"{name.replace('_', '-')} {value or '-'}" for name, value in self.versions.items())
@@ -137,6 +142,22 @@ def merge(reports: Sequence[Report]) -> Report:
     ranks = sorted({report.rank for report in reports if any(row.hits for row in report.rows)})
     pids = tuple(pid for report in reports for pid in report.pid)
     return dataclasses.replace(busiest, rows=tuple(rows), pid=pids, rank=",".join(ranks) or "-")
+
+
+def gpu_slug(name: str) -> str:
+    """The folder of a GPU's measurements: "NVIDIA H100 80GB HBM3" -> "h100"."""
+    words = name.lower().replace("nvidia", "").split()
+    return words[0] if words else "cpu"
+
+
+def speedups(device: str) -> dict[str, float]:
+    """Patch -> vLLM's time over ours on this GPU, as measured when this release was made; empty for other GPUs.
+
+    Host time through the layer for patches of layers, GPU time for patches of ops.
+    """
+    file = importlib.resources.files(__package__).joinpath("measured", f"{gpu_slug(device)}.json")
+    found: dict[str, float] = json.loads(file.read_text())["speedup"] if file.is_file() else {}
+    return found
 
 
 def _remarks(row: Row) -> str:
