@@ -1,0 +1,607 @@
+"""Serving with and without the plugin: ms per decode step of a real vLLM engine, one run, one GPU.
+
+    python benchmarks/serve.py --model qwen2.5-7b --record serve_eager_dense
+
+Every measurement is a process of its own in which vLLM loads the plugin by its entry point, or not (`VLLM_GEMS=0`);
+they take turns, `--rounds` times over, so that a drift of the machine shows. The models are the public configurations
+with random weights, written to a folder with no tokenizer: nothing is downloaded. bfloat16, prompts of 64 random
+tokens.
+
+Timed are calls of `LLMEngine.step` while every request decodes: one forward pass, temperature 0.8 and top_p 0.95
+sampled; the prefill and the first steps are left out. A process counts by its median, a side by the median of its
+processes.
+
+Before anything is timed, the first round decodes a fixed sequence of tokens, the same in every process, and keeps the
+logits of every step. Ours and stock's are compared with each other and with those of an engine in float32 with the
+same weights (matrix products and attention in full float32). What counts is the relative Frobenius error against
+float32: ours may be at most 1.1 times stock's, so that what separates us from stock is bfloat16's rounding and
+nothing else. Hits per forward pass are counted there too, and compared with what the model's layers should give.
+Tokens decoded greedily and freely are compared as well, for information: random weights put the best two tokens so
+close that rounding decides.
+
+The exit status is 1 if logits or hits are not as they should be. Start-up is from the start of the process to an
+engine that is ready; the first process of a run fills caches for the others, so the least of each side counts.
+
+On a CPU, `--model tiny --batches 1,4` tries this program out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import random
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import zlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script, this file is in no package
+
+from benchmarks import measure
+
+PROMPT = 64
+WARMUP = 8  # steps of a burst that are not timed, the prefill among them
+FORCED = 8  # decode steps whose logits are compared
+GREEDY = 32  # tokens decoded freely
+TIMED = {"temperature": 0.8, "top_p": 0.95}
+# Our error against float32 may be this many times stock's.
+LIMIT = 1.1
+# A process that takes longer than this has gone wrong.
+LONGEST_S = 400
+
+# Patches in a dense decoder's forward pass: calls per layer, and calls outside the layers.
+_DENSE = {"layernorm.rms_norm": (2, 1), "rotary.rotary_embedding": (1, 0), "activation.silu_and_mul": (1, 0)}
+
+
+@dataclass(frozen=True)
+class Model:
+    """A public configuration, and how often each patch should answer in one forward pass."""
+
+    title: str
+    config: dict[str, Any]
+    hits: dict[str, tuple[int, int]]
+
+    def with_layers(self, layers: int | None) -> Model:
+        if layers is None or layers == self.config["num_hidden_layers"]:
+            return self
+        config = {**self.config, "num_hidden_layers": layers, "max_window_layers": layers}
+        return dataclasses.replace(self, title=f"{self.title}, {layers} layers", config=config)
+
+    def expected(self) -> dict[str, int]:
+        layers = self.config["num_hidden_layers"]
+        return {patch: layers * each + once for patch, (each, once) in self.hits.items()}
+
+
+def _config(architecture: str, model_type: str, **values: Any) -> dict[str, Any]:
+    common = {"hidden_act": "silu", "torch_dtype": "bfloat16", "bos_token_id": 1, "eos_token_id": 2}
+    return {"architectures": [architecture], "model_type": model_type, **common, "tie_word_embeddings": False, **values}
+
+
+MODELS = {
+    "qwen2.5-7b": Model(
+        "Qwen2.5-7B",
+        _config(
+            "Qwen2ForCausalLM", "qwen2", hidden_size=3584, intermediate_size=18944, num_hidden_layers=28,
+            num_attention_heads=28, num_key_value_heads=4, vocab_size=152064, rms_norm_eps=1e-6, rope_theta=1e6,
+            max_position_embeddings=32768, use_sliding_window=False, max_window_layers=28,
+        ),
+        _DENSE,
+    ),
+    "llama-3.1-8b": Model(
+        "Llama-3.1-8B",
+        _config(
+            "LlamaForCausalLM", "llama", hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
+            num_attention_heads=32, num_key_value_heads=8, vocab_size=128256, rms_norm_eps=1e-5, rope_theta=5e5,
+            max_position_embeddings=131072, attention_bias=False, mlp_bias=False,
+            rope_scaling={
+                "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 8192,
+            },
+        ),
+        _DENSE,
+    ),
+    "qwen3-8b": Model(
+        "Qwen3-8B",
+        _config(
+            "Qwen3ForCausalLM", "qwen3", hidden_size=4096, intermediate_size=12288, num_hidden_layers=36,
+            num_attention_heads=32, num_key_value_heads=8, head_dim=128, vocab_size=151936, rms_norm_eps=1e-6,
+            rope_theta=1e6, max_position_embeddings=40960, attention_bias=False, use_sliding_window=False,
+            max_window_layers=36,
+        ),
+        {**_DENSE, "layernorm.rms_norm": (4, 1)},  # q_norm and k_norm
+    ),
+    "tiny": Model(
+        "tiny",
+        _config(
+            "Qwen2ForCausalLM", "qwen2", hidden_size=128, intermediate_size=256, num_hidden_layers=2,
+            num_attention_heads=4, num_key_value_heads=2, vocab_size=512, rms_norm_eps=1e-6, rope_theta=1e4,
+            max_position_embeddings=2048, use_sliding_window=False, max_window_layers=2,
+        ),
+        _DENSE,
+    ),
+}  # fmt: skip
+
+# What the engine is told in each mode.
+MODES: dict[str, dict[str, Any]] = {"eager": {"enforce_eager": True}, "compiled": {}}
+
+
+@dataclass(frozen=True)
+class Side:
+    """One of the engines that are compared."""
+
+    name: str
+    mode: str
+    gems: bool
+    dtype: str = "bfloat16"
+
+
+def sides_of(mode: str) -> tuple[Side, Side]:
+    return Side(f"stock-{mode}", mode, False), Side(f"ours-{mode}", mode, True)
+
+
+REFERENCE = Side("float32", "eager", False, "float32")
+
+
+# In the process that is measured
+
+
+def has_gpu() -> bool:
+    """By the driver's tool, because vLLM must be the first to touch CUDA."""
+    return shutil.which("nvidia-smi") is not None
+
+
+def environment(side: Side) -> dict[str, str]:
+    """What vLLM, Triton and the plugin read from the environment; what the caller has set besides stays."""
+    settings = {
+        "VLLM_GEMS": str(int(side.gems)),
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine, and so the counters, in this process
+        "VLLM_USE_FLASHINFER_SAMPLER": "0",  # it would compile itself with a CUDA toolkit
+        "VLLM_LOGGING_LEVEL": "WARNING",
+        "VLLM_NO_USAGE_STATS": "1",
+        "HF_HUB_OFFLINE": "1",
+    }
+    if side.dtype == "float32":
+        settings["TRITON_F32_DEFAULT"] = "ieee"  # else attention in float32 multiplies in TF32
+    if not has_gpu():
+        settings |= {
+            "TRITON_INTERPRET": "1",
+            "VLLM_CPU_KVCACHE_SPACE": "1",
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        }
+    return {**os.environ, **settings}
+
+
+@torch.no_grad()
+def seed_weights(model: Any) -> None:
+    """Random weights that depend on a parameter's name alone, of a size that keeps activations near one.
+
+    vLLM's dummy weights lie within 0.001 of zero, those of norms too, and leave logits that rounding decides. Values
+    are rounded to bfloat16 whatever the model's dtype, so that a float32 model has exactly the same weights.
+    """
+    for name, weight in model.named_parameters():
+        generator = torch.Generator(weight.device).manual_seed(zlib.crc32(name.encode()))
+        value = torch.randn(weight.shape, generator=generator, device=weight.device, dtype=torch.float32)
+        if weight.dim() > 1:
+            value *= 1.0 if "embed" in name else weight.shape[-1] ** -0.5
+        else:
+            value = value * 0.1 + ("norm" in name)
+        weight.copy_(value.bfloat16())
+
+
+def register_loader() -> None:
+    """Have vLLM know `seed_weights` as a format to load weights from, as it knows "dummy"."""
+    from vllm.model_executor.model_loader import register_model_loader
+    from vllm.model_executor.model_loader.dummy_loader import DummyModelLoader
+
+    class SeededLoader(DummyModelLoader):
+        def load_weights(self, model: Any, model_config: object) -> None:
+            seed_weights(model)
+
+    register_model_loader("seeded")(SeededLoader)
+
+
+def random_prompts(count: int, vocabulary: int, seed: int) -> list[dict[str, list[int]]]:
+    numbers = random.Random(seed)
+    return [{"prompt_token_ids": [numbers.randrange(vocabulary) for _ in range(PROMPT)]} for _ in range(count)]
+
+
+def start_engine(spec: dict[str, Any]) -> Any:
+    from vllm import LLM
+
+    register_loader()
+    most = max(spec["batches"])
+    return LLM(
+        spec["model"],
+        dtype=spec["side"]["dtype"],
+        load_format="seeded",
+        skip_tokenizer_init=True,
+        seed=0,
+        max_model_len=PROMPT + max(WARMUP + spec["steps"], FORCED, GREEDY) + 8,
+        max_num_seqs=most,
+        max_num_batched_tokens=most * PROMPT,  # every prefill in one step
+        enable_prefix_caching=False,
+        # Room for what is run here; without it vLLM measures how much there is, which takes time and varies.
+        **({"kv_cache_memory_bytes": 8 << 30} if has_gpu() else {}),
+        **MODES[spec["side"]["mode"]],
+    )
+
+
+def own_report() -> Any:
+    """The plugin's report, or None if vLLM has not loaded it; asking must not be what loads it."""
+    return sys.modules["vllm_gems.api"].report() if "vllm_gems.api" in sys.modules else None
+
+
+def count_hits() -> dict[str, int]:
+    found = own_report()
+    return {row.patch: row.hits for row in found.rows} if found else {}
+
+
+class Forced:
+    """In place of `model.compute_logits`: keeps every step's logits, and makes one fixed token the most likely of all.
+
+    So all engines decode the same tokens, whatever they would have chosen, and their logits can be compared.
+    """
+
+    def __init__(self, model: Any, tokens: Sequence[int]) -> None:
+        self.model = model
+        self.tokens = tokens
+        self.kept: list[torch.Tensor] = []
+        self._compute = model.compute_logits
+
+    def __call__(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        logits = self._compute(*args, **kwargs)
+        forced = torch.zeros_like(logits)
+        forced[:, self.tokens[len(self.kept) % len(self.tokens)]] = 1e4
+        self.kept.append(logits.cpu())
+        return forced
+
+    def __enter__(self) -> Forced:
+        self.model.compute_logits = self
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        del self.model.compute_logits  # the class's own is found again
+
+
+def verify(llm: Any, spec: dict[str, Any], batch: int) -> dict[str, Any]:
+    """Logits of every step of forced decoding (saved), hits per forward pass, and tokens of free greedy decoding."""
+    from vllm import SamplingParams
+
+    vocabulary = spec["vocabulary"]
+    prompts = random_prompts(batch, vocabulary, seed=batch)
+    tokens = [random.Random(7).randrange(vocabulary) for _ in range(FORCED)]
+    greedy = {"temperature": 0.0, "ignore_eos": True, "detokenize": False}
+    (model,) = llm.apply_model(lambda model: model)
+    before = count_hits()
+    with Forced(model, tokens) as forced:
+        llm.generate(prompts, SamplingParams(max_tokens=FORCED + 1, **greedy), use_tqdm=False)
+    hits = {patch: count - before.get(patch, 0) for patch, count in count_hits().items()}
+    torch.save(torch.stack(forced.kept), Path(spec["out"]) / f"{spec['name']}-{batch}.pt")
+    free = llm.generate(prompts, SamplingParams(max_tokens=GREEDY, **greedy), use_tqdm=False)
+    return {
+        "hits_per_forward": {patch: count / len(forced.kept) for patch, count in hits.items() if count},
+        "tokens": [list(output.outputs[0].token_ids) for output in free],
+    }
+
+
+def decode_ms(llm: Any, spec: dict[str, Any], batch: int) -> list[float]:
+    """Milliseconds of each timed step: `batch` requests decode together from the first step on."""
+    from vllm import SamplingParams
+
+    wanted = WARMUP + spec["steps"] + 2
+    params = SamplingParams(max_tokens=wanted, ignore_eos=True, detokenize=False, **TIMED)
+    engine = llm.llm_engine
+    for number, prompt in enumerate(random_prompts(batch, spec["vocabulary"], seed=1000 + batch)):
+        engine.add_request(f"{batch}-{number}", prompt, params)
+    times = []
+    while engine.has_unfinished_requests():
+        begin = time.perf_counter()
+        engine.step()
+        times.append((time.perf_counter() - begin) * 1e3)
+    if len(times) > wanted + 3:
+        raise RuntimeError(f"{wanted} tokens took {len(times)} steps: a step is not one forward pass of all requests")
+    return times[WARMUP : WARMUP + spec["steps"]]
+
+
+def attention_backend(llm: Any) -> str:
+    (modules,) = llm.apply_model(lambda model: list(model.modules()))
+    backends = [module.attn_backend for module in modules if hasattr(module, "attn_backend")]
+    return str(backends[0].get_name()) if backends else ""
+
+
+def child(spec: dict[str, Any]) -> None:
+    """What one process measures: written as JSON beside the logits."""
+    llm = start_engine(spec)
+    startup = time.time() - spec["started"]
+    print(f"engine started after {startup:.1f} s", flush=True)
+    result: dict[str, Any] = {"startup": startup, "attention": attention_backend(llm), "verified": {}, "ms": {}}
+    for batch in spec["verify"]:
+        result["verified"][batch] = verify(llm, spec, batch)
+        print(f"batch {batch} decoded for comparison", flush=True)
+    for batch in spec["batches"] if spec["timed"] else ():
+        result["ms"][batch] = decode_ms(llm, spec, batch)
+        print(f"batch {batch}: {statistics.median(result['ms'][batch]):.2f} ms per step", flush=True)
+    found = own_report()
+    result["report"] = found.to_json() if found else None
+    (Path(spec["out"]) / f"{spec['name']}.json").write_text(json.dumps(result))
+
+
+# In the process that compares
+
+
+def distance(ours: torch.Tensor, reference: torch.Tensor) -> dict[str, float]:
+    """How far logits [steps, batch, vocabulary] are from others."""
+    square, norm, worst, cosine, same = 0.0, 0.0, 0.0, 1.0, 0
+    for left, right in zip(ours, reference, strict=True):
+        a, b = left.double(), right.double()
+        square += float((a - b).square().sum())
+        norm += float(b.square().sum())
+        worst = max(worst, float((a - b).abs().max()))
+        cosine = min(cosine, float(torch.cosine_similarity(a, b, dim=-1).min()))
+        same += int((a.argmax(dim=-1) == b.argmax(dim=-1)).sum())
+    return {
+        "relative_frobenius": (square / norm) ** 0.5,
+        "max_abs": worst,
+        "min_cosine": cosine,
+        "same_argmax": same / (ours.shape[0] * ours.shape[1]),
+    }
+
+
+def agreement(ours: Iterable[Sequence[int]], others: Iterable[Sequence[int]]) -> dict[str, float]:
+    """How much of freely decoded sequences is equal: whole sequences, and tokens before the first that differs."""
+    pairs = list(zip(ours, others, strict=True))
+    common = [next((at for at, (a, b) in enumerate(zip(x, y, strict=True)) if a != b), len(x)) for x, y in pairs]
+    return {
+        "equal_sequences": sum(list(x) == list(y) for x, y in pairs) / len(pairs),
+        "equal_tokens": sum(common) / sum(len(x) for x, _ in pairs),
+    }
+
+
+def compare(out: Path, mode: str, batch: int, results: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Logits and tokens of ours, stock and float32 at one batch size."""
+    stock, ours = (f"{side.name}-0" for side in sides_of(mode))
+    reference = REFERENCE.name if REFERENCE.name in results else None
+    logits = {name: torch.load(out / f"{name}-{batch}.pt") for name in (stock, ours, reference) if name}
+    tokens = {name: results[name]["verified"][str(batch)]["tokens"] for name in logits}
+    found: dict[str, Any] = {
+        "mode": mode,
+        "batch": batch,
+        "steps": logits[stock].shape[0],
+        "ours_to_stock": distance(logits[ours], logits[stock]),
+        "tokens_ours_to_stock": agreement(tokens[ours], tokens[stock]),
+    }
+    if reference:
+        found["ours_to_float32"] = distance(logits[ours], logits[reference])
+        found["stock_to_float32"] = distance(logits[stock], logits[reference])
+        found["tokens_stock_to_float32"] = agreement(tokens[stock], tokens[reference])
+        errors = [found[f"{side}_to_float32"]["relative_frobenius"] for side in ("ours", "stock")]
+        found["error_ratio"] = errors[0] / errors[1]
+        found["within_bf16_rounding"] = found["error_ratio"] <= LIMIT
+    return found
+
+
+class ChildError(Exception):
+    """A process came to no result."""
+
+
+def run_child(side: Side, name: str, spec: dict[str, Any], out: Path) -> dict[str, Any]:
+    """One process; its output goes to a log, its result comes back."""
+    spec = {**spec, "side": dataclasses.asdict(side), "name": name, "out": str(out), "started": time.time()}
+    command = [sys.executable, str(Path(__file__).resolve()), "--child", json.dumps(spec)]
+    log = out / f"{name}.log"
+    settings: dict[str, Any] = {"env": environment(side), "stderr": subprocess.STDOUT, "timeout": LONGEST_S}
+    try:
+        with log.open("w") as sink:
+            subprocess.run(command, stdout=sink, check=True, **settings)
+        result: dict[str, Any] = json.loads((out / f"{name}.json").read_text())
+    except (subprocess.SubprocessError, OSError) as error:
+        raise ChildError(f"{name}: {type(error).__name__}; the end of its log:\n{log.read_text()[-4000:]}") from error
+    steps = ", ".join(f"batch {batch} {statistics.median(ms):.2f} ms" for batch, ms in result["ms"].items())
+    seconds = time.time() - spec["started"]
+    print(f"{name}: started in {result['startup']:.1f} s, {seconds:.0f} s in all  {steps}", flush=True)
+    return result
+
+
+def run_all(args: argparse.Namespace, model: Model, out: Path) -> dict[str, dict[str, Any]]:
+    """Results by process, in turns: off, on, off, on, and the float32 engine at the end."""
+    folder = out / "model"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(model.config))
+    verify_at = [batch for batch in (1, 32) if batch <= max(args.batches)]
+    spec = {
+        "model": str(folder),
+        "vocabulary": model.config["vocab_size"],
+        "batches": args.batches,
+        "steps": args.steps,
+    }
+    results = {}
+    for turn in range(args.rounds):
+        for mode in args.modes:
+            for side in sides_of(mode):
+                name = f"{side.name}-{turn}"
+                each = {**spec, "timed": True, "verify": verify_at if turn == 0 else []}
+                results[name] = run_child(side, name, each, out)
+    if args.reference:
+        each = {**spec, "timed": False, "verify": verify_at, "batches": verify_at}
+        try:
+            results[REFERENCE.name] = run_child(REFERENCE, REFERENCE.name, each, out)
+        except ChildError as error:  # what was timed is worth keeping; the record says what is missing
+            print(error, flush=True)
+    return results
+
+
+def medians(results: dict[str, dict[str, Any]], side: Side, batch: int) -> list[float]:
+    """Of every process of one side, in the order in which they ran."""
+    of_side = [result for name, result in results.items() if name.rpartition("-")[0] == side.name]
+    return [round(statistics.median(result["ms"][str(batch)]), 3) for result in of_side]
+
+
+def rows_of(
+    model: Model, modes: Sequence[str], batches: Sequence[int], results: dict[str, Any]
+) -> list[dict[str, Any]]:
+    rows = []
+    for mode in modes:
+        for batch in batches:
+            stock, ours = (medians(results, side, batch) for side in sides_of(mode))
+            against = {"stock": round(statistics.median(stock), 3)}
+            if mode == "eager" and "compiled" in modes:
+                compiled = medians(results, sides_of("compiled")[0], batch)
+                against["stock_compiled"] = round(statistics.median(compiled), 3)
+            rows.append(
+                {
+                    "case": {"model": model.title, "mode": mode, "batch": batch},
+                    "unit": "ms/step",
+                    "ours": round(statistics.median(ours), 3),
+                    "against": against,
+                    "processes": {"ours": ours, "stock": stock},
+                }
+            )
+    return rows
+
+
+def hits_of(results: dict[str, dict[str, Any]], mode: str) -> dict[str, dict[str, float]]:
+    """Hits per forward pass, by batch size."""
+    verified = results[f"{sides_of(mode)[1].name}-0"]["verified"]
+    return {batch: each["hits_per_forward"] for batch, each in verified.items()}
+
+
+def wrong_hits(expected: dict[str, int], found: dict[str, dict[str, float]]) -> list[str]:
+    """Patches that did not answer exactly as often as the model has layers for them."""
+    return [
+        f"batch {batch}: {patch} answered {hits.get(patch, 0):g} times a forward pass, expected {count}"
+        for batch, hits in found.items()
+        for patch, count in expected.items()
+        if hits.get(patch, 0) != count
+    ]
+
+
+def wrong_logits(accuracy: list[dict[str, Any]]) -> list[str]:
+    """Batch sizes at which more than bfloat16's rounding separates us from float32."""
+    return [
+        f"{each['mode']}, batch {each['batch']}: our logits' error is {each['error_ratio']:.3f} times stock's"
+        for each in accuracy
+        if not each.get("within_bf16_rounding", True)
+    ]
+
+
+def startups(results: dict[str, dict[str, Any]], modes: Sequence[str]) -> dict[str, float]:
+    """Seconds from the start of the process to a ready engine, the least of each side."""
+    found = {}
+    for side in (side for mode in modes for side in sides_of(mode)):
+        of_side = [result["startup"] for name, result in results.items() if name.rpartition("-")[0] == side.name]
+        found[side.name] = round(min(of_side), 1)
+    return found
+
+
+def report_of(results: dict[str, dict[str, Any]], mode: str) -> list[dict[str, Any]]:
+    """The plugin's rows of one process, but for patches that are off or wait."""
+    rows = results[f"{sides_of(mode)[1].name}-0"]["report"]["rows"]
+    keys = ("patch", "state", "where", "hits", "declined", "errors", "why")
+    return [{key: row[key] for key in keys} for row in rows if row["state"] not in ("off", "waiting")]
+
+
+def tell(rows: list[dict[str, Any]], accuracy: list[dict[str, Any]]) -> None:
+    for row in rows:
+        ratio = row["ours"] / row["against"]["stock"]
+        case = ", ".join(str(value) for value in row["case"].values())
+        print(f"{case}: {row['ours']:.2f} ms/step, {row['against']}, ratio {ratio:.3f}")
+    for each in accuracy:
+        keys = ("ours_to_stock", "ours_to_float32", "stock_to_float32")
+        told = {key: each[key]["relative_frobenius"] for key in keys if key in each}
+        errors = ", ".join(f"{key} {value:.2e}" for key, value in told.items())
+        ratio = f"; ratio {each['error_ratio']:.3f}, limit {LIMIT}" if "error_ratio" in each else ""
+        print(f"{each['mode']}, batch {each['batch']}: relative Frobenius error of the logits {errors}{ratio}")
+
+
+def main() -> int:
+    args = parse()
+    if args.child:
+        child(json.loads(args.child))
+        return 0
+    # Stopped by `timeout`, this ends like an exception, and takes the engine with it.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    model = MODELS[args.model].with_layers(args.layers)
+    with tempfile.TemporaryDirectory() as scratch:
+        out = Path(scratch)  # logits are large, and of no use afterwards
+        try:
+            results = run_all(args, model, out)
+        except ChildError as error:
+            sys.exit(str(error))
+        verified = sorted(int(batch) for batch in next(iter(results.values()))["verified"])
+        accuracy = [compare(out, mode, batch, results) for mode in args.modes for batch in verified]
+        if args.out:
+            args.out.mkdir(parents=True, exist_ok=True)
+            (args.out / "serve-processes.json").write_text(json.dumps(results))
+    rows = rows_of(model, args.modes, args.batches, results)
+    hits = {mode: hits_of(results, mode) for mode in args.modes}
+    problems = wrong_hits(model.expected(), hits["eager"]) if "eager" in args.modes else []
+    problems += wrong_logits(accuracy)
+    if args.reference and REFERENCE.name not in results:
+        problems.append("the float32 engine came to no result, so the logits were compared with stock's only")
+    tell(rows, accuracy)
+    more: dict[str, Any] = {
+        "setting": {
+            "prompt": PROMPT, "sampling": TIMED, "steps": args.steps, "warmup": WARMUP, "rounds": args.rounds,
+            "attention": {name: result["attention"] for name, result in results.items()},
+            "weights": "random, the same in every process",
+        },
+        "startup_seconds": startups(results, args.modes),
+        "hits_per_forward": hits,
+        "expected_hits_per_forward": model.expected(),
+        "logits": accuracy,
+        "problems": problems,
+        "report": {mode: report_of(results, mode) for mode in args.modes},
+    }  # fmt: skip
+    if args.record:
+        path = measure.record(args.record, rows, commit=args.commit, **more)
+        print(f"recorded {path}")
+        if args.out:
+            shutil.copy(path, args.out)
+    elif args.out:
+        measure.record("serve", rows, folder=args.out, commit=args.commit, **more)
+    print("\n".join(problems) or "hits as expected, logits within bfloat16's rounding")
+    return 1 if problems else 0
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(part) for part in text.split(",")]
+
+
+def _modes(text: str) -> list[str]:
+    modes = text.split(",")
+    for mode in modes:
+        if mode not in MODES:
+            raise argparse.ArgumentTypeError(f"{mode!r} is not one of {', '.join(MODES)}")
+    return modes
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=MODELS, default="qwen2.5-7b")
+    parser.add_argument("--layers", type=int, help="cut the model to this many layers")
+    parser.add_argument("--batches", type=_numbers, default=[1, 32, 256])
+    parser.add_argument("--steps", type=int, default=32, help="timed steps per process and batch size")
+    parser.add_argument("--modes", type=_modes, default=["eager"], help=f"of {', '.join(MODES)}")
+    parser.add_argument("--rounds", type=int, default=2, help="processes of each side")
+    parser.add_argument("--no-reference", dest="reference", action="store_false", help="no comparison with float32")
+    parser.add_argument("--out", type=Path, help="a folder for what every process found")
+    parser.add_argument("--record", metavar="NAME", help="write benchmarks/results/<gpu>/NAME.json, a copy to --out")
+    parser.add_argument("--commit", default="", help="for the record, where there is no git")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

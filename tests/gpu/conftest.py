@@ -1,0 +1,76 @@
+"""Tests that need an NVIDIA GPU. `pytest tests/test_kernels.py tests/gpu --record` writes down which passed, and where.
+
+The option is known when this folder, or a file in it, is named on the command line.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import gpu_cases
+import pytest
+import torch
+
+from vllm_gems import launch
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--record", action="store_true", help="write benchmarks/results/<gpu>/gpu_tests.json")
+    parser.addoption("--record-to", metavar="DIR", help="write gpu_tests.json to DIR instead")
+    parser.addoption("--record-commit", default="", help="for the record, where there is no git")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _gpu() -> None:
+    if not torch.cuda.is_available() or torch.version.hip is not None:
+        pytest.skip("there is no NVIDIA GPU here")
+    if launch.INTERPRETED:
+        pytest.skip("TRITON_INTERPRET is set, so no kernel would run on the GPU")
+
+
+@pytest.fixture
+def forget(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], None]]:
+    """A function after which no kernel is compiled, as in a process that has just begun."""
+
+    def forget() -> None:
+        monkeypatch.setattr(launch, "_LAUNCHES", {})
+        gpu_cases.forget_compiled()
+
+    yield forget
+    gpu_cases.forget_compiled()  # what was settled meanwhile may be what a test broke on purpose
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    folder = config.getoption("record_to", None)
+    if not folder and not config.getoption("record", False):
+        return
+    if not torch.cuda.is_available():
+        terminalreporter.write_line("nothing recorded: there is no GPU here")
+        return
+    from benchmarks import measure
+
+    path = measure.record(
+        "gpu_tests",
+        _rows(terminalreporter.stats),
+        folder=Path(folder) if folder else None,
+        commit=config.getoption("record_commit", ""),
+        command=f"python -m pytest {' '.join(config.invocation_params.args)}",
+        launch=launch.direct_refuses() or "direct",
+    )
+    terminalreporter.write_line(f"recorded {path}")
+
+
+def _rows(stats: dict[str, list[Any]]) -> list[dict[str, Any]]:
+    """A row per file: how many of its tests passed, and what became of the others."""
+    files: dict[str, Counter[str]] = {}
+    for outcome in ("passed", "failed", "error", "skipped", "xfailed", "xpassed"):
+        for report in stats.get(outcome, ()):
+            files.setdefault(report.nodeid.split("::")[0], Counter())[outcome] += 1
+    unit = {"unit": "tests passed"}
+    return [
+        {"case": {"file": file}, **unit, "ours": counts["passed"], "against": {}, "outcomes": dict(counts)}
+        for file, counts in sorted(files.items())
+    ]

@@ -1,0 +1,42 @@
+"""Kernels in bfloat16 at the shapes of real models, and on memory that is not aligned."""
+
+from __future__ import annotations
+
+import gpu_cases
+import pytest
+import torch
+from gpu_cases import KERNELS, bench_cases, checked, small_case
+from test_kernels import storage_outside
+
+from vllm_gems.nouns import Case, Kernel
+
+MODEL_SHAPES = [
+    pytest.param(kernel, case, id=f"{kernel.name}-{case.name}".replace(" ", "_"))
+    for kernel in KERNELS
+    for case in bench_cases(kernel, most_tokens=2048)
+]
+
+
+@pytest.mark.parametrize(("kernel", "case"), MODEL_SHAPES)
+def test_shapes_of_models(kernel: Kernel, case: Case) -> None:
+    torch.manual_seed(0)
+    inputs = kernel.inputs(case, "bfloat16", "cuda")
+    written = [name for name in kernel.results if name in inputs]
+    outside = {name: storage_outside(inputs[name]) for name in written}
+    checked(kernel, inputs, case.name)
+    for name, before in outside.items():
+        assert torch.equal(storage_outside(inputs[name]), before), f"memory beside {name} was written"
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel.name)
+def test_unaligned(kernel: Kernel, dtype: str) -> None:
+    """Every tensor one element past a multiple of 16 bytes: the aligned build would read wrongly or fault."""
+    torch.manual_seed(0)
+    for case in (small_case(kernel), *bench_cases(kernel, most_tokens=32)):
+        inputs = kernel.inputs(case, dtype, "cuda")
+        for name, value in inputs.items():
+            if isinstance(value, torch.Tensor):
+                inputs[name] = gpu_cases.relocated(value, shift=1)
+                assert inputs[name].data_ptr() % 16
+        checked(kernel, inputs, f"{case.name}, unaligned")

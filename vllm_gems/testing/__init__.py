@@ -1,0 +1,1 @@
+"""Help for testing vLLM with the patches in it: a pytest plugin."""
