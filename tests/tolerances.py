@@ -14,8 +14,8 @@ import torch
 TOLERANCES: dict[torch.dtype, tuple[float, float]] = {
     # Sums of up to 8192 squares in float32, in another order than float64's: some units in the last place (6e-8) each.
     torch.float32: (2e-6, 2e-6),
-    # One rounding to 11 bits (4.9e-4 relative) at the end, and up to two before it: normalised value to the weight's
-    # dtype, activated half to the input's.
+    # One rounding to 11 bits (4.9e-4 relative) at the end, and one before it: of the sum with the residual, or of the
+    # activated half.
     torch.float16: (1.5e-3, 1e-5),
     # The same with 8 bits (3.9e-3 relative).
     torch.bfloat16: (1.2e-2, 1e-5),
@@ -30,9 +30,10 @@ def absolute(kernel: str, inputs: dict[str, Any], dtype: torch.dtype) -> float |
     if "rotary" in kernel:
         # Products of like size are subtracted: one rounding of the result, and those of float32 products.
         return float(inputs["query"].abs().max()) * _ULP[dtype] if inputs["query"].numel() else 0.0
-    if kernel == "gelu_and_mul" and inputs["x"].numel():
-        # 1 + erf(x) cancels where erf nears -1, in float32, before the product with the other half.
-        return float(inputs["x"].abs().max()) ** 2 * _ULP[torch.float32]
+    if kernel in ("gelu_and_mul", "gelu_tanh_and_mul", "gelu_new", "gelu_fast") and inputs["x"].numel():
+        # 1 + erf(x) and 1 + tanh(x) cancel near -1, in float32, before the product with the other half.
+        largest = max(1.0, float(inputs["x"].abs().max()))
+        return max(TOLERANCES[dtype][1], 8 * largest * largest * _ULP[torch.float32])
     return None
 
 

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812, the field's name for it
 import triton
 import triton.language as tl
+from triton.language.extra import libdevice
 
 from ..errors import Refused
 from ..launch import Build, Launch, allocator, launcher, pointer
@@ -26,19 +27,22 @@ from .common import TOKENS, nbytes, power_of_two, randn, rows_of, strided
 
 @triton.jit
 def _sigmoid(x):
-    return 1.0 / (1.0 + tl.exp(-x))
+    return tl.div_rn(1.0, 1.0 + libdevice.exp(-x))
 
 
 @triton.jit
 def _apply(x, FORMULA: tl.constexpr, A: tl.constexpr):
-    """The activation named FORMULA of x, in float32. A is its parameter, if it has one."""
+    """The activation named FORMULA of x, in float32. A is its parameter, if it has one.
+
+    In PyTorch's order of operations and with its functions, so that results are its own to the last bit (but for erf,
+    whose libraries differ in it).
+    """
     if FORMULA == "silu":
-        y = x * _sigmoid(x)
+        y = tl.div_rn(x, 1.0 + libdevice.exp(-x))
     elif FORMULA == "gelu":
         y = 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
     elif FORMULA == "gelu_tanh":
-        # (1 + tanh(z)) / 2 is sigmoid(2 z), which does not cancel where tanh nears -1.
-        y = x * _sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
+        y = 0.5 * x * (1.0 + libdevice.tanh(0.7978845608028654 * (x + 0.044715 * x * x * x)))
     elif FORMULA == "quick_gelu":
         y = x * _sigmoid(1.702 * x)
     elif FORMULA == "fatrelu":

@@ -67,7 +67,11 @@ def _rms_norm_kernel(
         residual_at = row * residual_stride + col
         x += tl.load(residual_ptr + residual_at, mask=live, other=0.0).to(tl.float32)
         residual_out_at = residual_at if IN_PLACE else dense_at
-        tl.store(residual_out_ptr + residual_out_at, x.to(residual_out_ptr.dtype.element_ty), mask=live)
+        total = x.to(residual_out_ptr.dtype.element_ty)
+        tl.store(residual_out_ptr + residual_out_at, total, mask=live)
+        if not GEMMA:
+            # vLLM's op normalises the sum as it is stored; Gemma's layer the sum in float32.
+            x = total.to(tl.float32)
 
     if VARIANCE_SIZE == HIDDEN:
         square = x * x
@@ -78,8 +82,7 @@ def _rms_norm_kernel(
     if GEMMA:
         y *= weight.to(tl.float32) + 1.0
     elif HAS_WEIGHT:
-        # vLLM rounds to the weight's dtype before the product; two roundings, as there.
-        y = y.to(weight.dtype).to(tl.float32) * weight.to(tl.float32)
+        y *= weight.to(tl.float32)
     out_at = x_at if IN_PLACE else dense_at
     tl.store(out_ptr + out_at, y.to(out_ptr.dtype.element_ty), mask=live)
 
@@ -359,10 +362,10 @@ def rms_norm(
 ) -> torch.Tensor:
     """weight * x / sqrt(mean(x**2) + epsilon) over the last dimension (https://arxiv.org/abs/1910.07467).
 
-    x: [..., hidden_size], float16, bfloat16 or float32; rows may lie apart (strided views of q or k), the elements of a
-    row may not. weight: [hidden_size], None for ones, of x's dtype or another; the normalised value is rounded to the
-    weight's dtype before the product. variance_size: the mean is over that many leading elements. out: a contiguous
-    tensor of x's shape and dtype to write, else a new one. Returns out.
+    x: [..., hidden_size], float16, bfloat16 or float32; rows may lie apart (strided views of q or k), elements of a row
+    may not. weight: [hidden_size], None for ones, of x's dtype or another. variance_size: the mean is over that many
+    leading elements. out: a contiguous tensor of x's shape and dtype to write, else a new one. Computed in float32 and
+    rounded once. Returns out.
 
     Stands in for `torch.ops._C.rms_norm` and `vllm.ir.ops.rms_norm`. Raises Refused for what it does not do.
     """
@@ -379,7 +382,7 @@ def fused_add_rms_norm(
     epsilon: float,
     variance_size: int | None = None,
 ) -> None:
-    """residual += x; x = rms_norm(residual), both in place, the sum kept in float32 for the normalisation.
+    """residual += x; x = rms_norm(residual), both in place; what is normalised is the sum as it is stored.
 
     x, residual: [..., hidden_size] of one dtype, rows may lie apart. The rest as in `rms_norm`.
 
