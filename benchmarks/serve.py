@@ -2,14 +2,16 @@
 
     python benchmarks/serve.py --model qwen2.5-7b --record serve_eager_dense
 
-Every measurement is a process of its own in which vLLM loads the plugin by its entry point, or not (`VLLM_GEMS=0`);
-they take turns, `--rounds` times over, so that a drift of the machine shows. The models are the public configurations
+Every engine is in a process of its own in which vLLM loads the plugin by its entry point, or not (`VLLM_GEMS=0`), off
+and on, `--rounds` times over. The models are the public configurations
 with random weights, written to a folder with no tokenizer: nothing is downloaded. bfloat16, prompts of 64 random
 tokens.
 
 Timed are calls of `LLMEngine.step` while every request decodes: one forward pass, temperature 0.8 and top_p 0.95
-sampled; the prefill and the first steps are left out. A process counts by its median, a side by the median of its
-processes.
+sampled; the prefill and the first steps are left out. In eager mode both sides are timed in one process, in `--turns`
+turns of a burst with the patches and a burst after `remove_gems_patches_from_vllm()`, which leaves vLLM's own objects:
+host time on a shared machine drifts by more, from one process to the next, than what is to be measured. A burst counts
+by its median, a side by the median of its bursts. Compiled code cannot change sides, so there a process is a burst.
 
 Before anything is timed, the first round decodes a fixed sequence of tokens, the same in every process, and keeps the
 logits of every step. Ours and stock's are compared with each other and with those of an engine in float32 with the
@@ -315,6 +317,23 @@ def decode_ms(llm: Any, spec: dict[str, Any], batch: int) -> list[float]:
     return times[WARMUP : WARMUP + spec["steps"]]
 
 
+def in_turns(llm: Any, spec: dict[str, Any], batch: int) -> dict[str, list[float]]:
+    """Median milliseconds of a step of each burst, with the patches and without, which of them first by turns."""
+    import vllm_gems
+
+    times: dict[str, list[float]] = {"ours": [], "stock": []}
+    decode_ms(llm, spec, batch)  # the first burst of a batch size is slower
+    for turn in range(spec["turns"]):
+        for side in ("ours", "stock") if turn % 2 else ("stock", "ours"):
+            if side == "ours":
+                vllm_gems.apply_gems_patches_to_vllm()
+            else:
+                vllm_gems.remove_gems_patches_from_vllm()
+            times[side].append(round(statistics.median(decode_ms(llm, spec, batch)), 3))
+    vllm_gems.apply_gems_patches_to_vllm()
+    return times
+
+
 def attention_backend(llm: Any) -> str:
     (modules,) = llm.apply_model(lambda model: list(model.modules()))
     backends = [module.attn_backend for module in modules if hasattr(module, "attn_backend")]
@@ -335,6 +354,10 @@ def child(spec: dict[str, Any]) -> None:
         print(f"batch {batch}: {statistics.median(result['ms'][batch]):.2f} ms per step", flush=True)
     found = own_report()
     result["report"] = found.to_json() if found else None
+    result["turns"] = {}
+    for batch in spec["batches"] if spec.get("turns") else ():
+        result["turns"][batch] = turns = in_turns(llm, spec, batch)
+        print(f"batch {batch}: {turns}", flush=True)
     (Path(spec["out"]) / f"{spec['name']}.json").write_text(json.dumps(result))
 
 
@@ -431,7 +454,9 @@ def run_all(args: argparse.Namespace, model: Model, out: Path) -> dict[str, dict
         for mode in args.modes:
             for side in sides_of(mode):
                 name = f"{side.name}-{turn}"
-                each = {**spec, "timed": True, "verify": verify_at if turn == 0 else []}
+                by_turns = mode == "eager" and args.turns > 0
+                each = {**spec, "timed": not by_turns, "verify": verify_at if turn == 0 else []}
+                each["turns"] = args.turns if by_turns and side.gems and turn == 0 else 0
                 results[name] = run_child(side, name, each, out)
     if args.reference:
         each = {**spec, "timed": False, "verify": verify_at, "batches": verify_at}
@@ -454,7 +479,11 @@ def rows_of(
     rows = []
     for mode in modes:
         for batch in batches:
-            stock, ours = (medians(results, side, batch) for side in sides_of(mode))
+            turns = results[f"{sides_of(mode)[1].name}-0"]["turns"].get(str(batch))
+            if turns:
+                stock, ours = turns["stock"], turns["ours"]
+            else:
+                stock, ours = (medians(results, side, batch) for side in sides_of(mode))
             against = {"stock": round(statistics.median(stock), 3)}
             if mode == "eager" and "compiled" in modes:
                 compiled = medians(results, sides_of("compiled")[0], batch)
@@ -465,7 +494,7 @@ def rows_of(
                     "unit": "ms/step",
                     "ours": round(statistics.median(ours), 3),
                     "against": against,
-                    "processes": {"ours": ours, "stock": stock},
+                    "turns": {"ours": ours, "stock": stock},
                 }
             )
     return rows
@@ -554,6 +583,7 @@ def main() -> int:
     more: dict[str, Any] = {
         "setting": {
             "prompt": PROMPT, "sampling": TIMED, "steps": args.steps, "warmup": WARMUP, "rounds": args.rounds,
+            "turns": args.turns,
             "attention": {name: result["attention"] for name, result in results.items()},
             "weights": "random, the same in every process",
         },
@@ -594,7 +624,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--batches", type=_numbers, default=[1, 32, 256])
     parser.add_argument("--steps", type=int, default=32, help="timed steps per process and batch size")
     parser.add_argument("--modes", type=_modes, default=["eager"], help=f"of {', '.join(MODES)}")
-    parser.add_argument("--rounds", type=int, default=2, help="processes of each side")
+    parser.add_argument("--rounds", type=int, default=1, help="processes of each side")
+    parser.add_argument("--turns", type=int, default=8, help="bursts of each side in eager mode; 0: none")
     parser.add_argument("--no-reference", dest="reference", action="store_false", help="no comparison with float32")
     parser.add_argument("--out", type=Path, help="a folder for what every process found")
     parser.add_argument("--record", metavar="NAME", help="write benchmarks/results/<gpu>/NAME.json, a copy to --out")

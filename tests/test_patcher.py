@@ -114,6 +114,23 @@ def test_instances_made_before_and_after_follow() -> None:
     in_child(check)
 
 
+def test_a_forward_that_does_more_is_kept() -> None:
+    def check() -> None:
+        module = importlib.import_module(MODULE)
+        patcher = toy.patcher()
+        patcher.apply(Policy())
+        plain, busy = module.Layer(), module.Busy()
+        assert [plain(1), plain(2)] == [("ours", 1), ("ours", 2)]
+        assert [busy(1), busy(2)] == [("busy", ("ours", 1)), ("busy", ("ours", 2))]
+        assert "forward" in vars(plain)
+        assert "forward" not in vars(busy)
+        patcher.undo()
+        assert set(vars(plain)) == {"_forward_method"}
+        assert [plain(1), busy(1)] == [("stock", 1), ("busy", ("stock", 1))]
+
+    in_child(check)
+
+
 def test_frozen_instances_follow() -> None:
     """vLLM freezes the heap of a warm worker."""
 

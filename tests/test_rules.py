@@ -53,7 +53,7 @@ ALLOWED = {
     "kernels": {".errors", ".launch", ".nouns"},
     "sites": {".errors"},
     "patches": {".errors", ".kernels", ".nouns", ".sites"},
-    "binders": {".probes", ".nouns", ".worlds"},
+    "binders": {".probes", ".nouns", ".sites", ".worlds"},
     "ops": {".nouns"},
     "hookspecs": {".nouns"},
     "catalog": {".errors", ".hookspecs", ".kernels", ".nouns", ".patches", ".seams"},

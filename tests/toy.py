@@ -26,7 +26,10 @@ class CustomOp:
         self._forward_method = self.forward_cpu
 
     def __call__(self, *args):
-        return self._forward_method(*args)
+        return self.forward(*args)
+
+    def forward(self, *args, **kwargs):
+        return self._forward_method(*args, **kwargs)
 
     def forward_native(self, x):
         return ("native", x)
@@ -42,6 +45,11 @@ class Layer(CustomOp):
 
 class Child(Layer):
     pass
+
+
+class Busy(Layer):
+    def forward(self, *args, **kwargs):
+        return ("busy", self._forward_method(*args, **kwargs))
 
 
 class Inheriting(CustomOp):

@@ -16,6 +16,7 @@ from typing import Any
 
 from . import probes
 from .nouns import Place
+from .sites import reseat
 from .worlds import World
 
 Undo = Callable[[], None]
@@ -115,7 +116,7 @@ def _reseat(owner: Any, before: Any, after: Any) -> None:
         slot = vars(obj).get("_forward_method") if hasattr(obj, "__dict__") else None
         ours = site is not None and getattr(slot, "__vllm_gems__", None) is site
         if ours or getattr(slot, "__func__", None) is before:
-            obj._forward_method = MethodType(after, obj)
+            reseat(obj, MethodType(after, obj))
 
 
 class OpBinder:

@@ -174,28 +174,36 @@ def _direct(build: Build, device: int) -> Launch:
     if runner.global_scratch_size or runner.profile_scratch_size:
         return subscript
     function, head, packed = _CALLS[_triton_release()](kernel, runner, build)
-    enter, leave = triton.knobs.runtime.launch_enter_hook, triton.knobs.runtime.launch_exit_hook
-    current_device, raw_stream = torch._C._cuda_getDevice, torch._C._cuda_getCurrentRawStream
 
     def guarded(grid: int, *args: Any) -> None:
         with torch.cuda.device(device):
             subscript(grid, *args)
 
-    if packed:
-
-        def launch(grid: int, *args: Any) -> None:
-            if current_device() != device or enter.calls or leave.calls:
-                guarded(grid, *args)
-            else:
-                function(grid, 1, 1, raw_stream(device), *head, args)
-    else:
-
-        def launch(grid: int, *args: Any) -> None:
-            if current_device() != device or enter.calls or leave.calls:
-                guarded(grid, *args)
-            else:
-                function(grid, 1, 1, raw_stream(device), *head, *args)
-
+    # Written out for this kernel's number of arguments: unpacking tuples into a call would cost a third of what the
+    # wrapper around the C launcher costs.
+    own = [f"a{index}" for index in range(len(build.types))]
+    settled = [f"h{index}" for index in range(len(head))]
+    passed = f"({', '.join(own)},)" if packed else ", ".join(own)
+    source = (
+        f"def launch(grid, {', '.join(own)}):\n"
+        f"    if current_device() != device or enter.calls or leave.calls:\n"
+        f"        guarded(grid, {', '.join(own)})\n"
+        f"    else:\n"
+        f"        function(grid, 1, 1, raw_stream(device), {', '.join(settled)}, {passed})\n"
+    )
+    names: dict[str, Any] = {
+        "current_device": torch._C._cuda_getDevice,
+        "raw_stream": torch._C._cuda_getCurrentRawStream,
+        "enter": triton.knobs.runtime.launch_enter_hook,
+        "leave": triton.knobs.runtime.launch_exit_hook,
+        "device": device,
+        "guarded": guarded,
+        "function": function,
+        "kernel": kernel,  # held: Triton unloads the machine code of a kernel that nobody holds
+        **dict(zip(settled, head, strict=True)),
+    }
+    exec(source, names)
+    launch: Launch = names["launch"]
     return launch
 
 

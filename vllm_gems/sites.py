@@ -75,7 +75,8 @@ def layer_method(
     for us. traced(layer, *args): the same through torch.ops, for Dynamo.
 
     A CustomOp keeps the method it chose in `_forward_method`. The first call puts the settled call into that slot of
-    the instance, so that later calls go there without another look-up; a call that declines takes it out again.
+    the instance, and over its `forward` where that only calls the slot, so that later calls go there without another
+    look-up; a call that declines takes it out again.
     """
 
     @functools.wraps(original)
@@ -91,10 +92,31 @@ def layer_method(
             return original(self, *args, **kwargs)
         if chosen is forward:
             self._forward_method = settled
+            if "forward" not in self.__dict__ and _only_forwards(type(self)):
+                self.forward = settled  # what __call__ calls: one frame less
         return settled(*args, **kwargs)
 
     forward.__vllm_gems__ = site  # type: ignore[attr-defined]
     return forward
+
+
+def _only_forwards(cls: type) -> bool:
+    """Whether `cls.forward` does nothing but call the method in `_forward_method`."""
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return self._forward_method(*args, **kwargs)
+
+    found, plain = getattr(cls.forward, "__code__", None), forward.__code__  # type: ignore[attr-defined]
+    return found is not None and all(
+        getattr(found, part) == getattr(plain, part) for part in ("co_code", "co_names", "co_consts", "co_varnames")
+    )
+
+
+def reseat(layer: Any, method: Any) -> None:
+    """Have `layer` call `method` again, which it chose at birth, in place of a settled call."""
+    layer._forward_method = method
+    if hasattr(layer.__dict__.get("forward"), "__vllm_gems__"):
+        del layer.forward
 
 
 def _settle(
@@ -118,7 +140,7 @@ def _settle(
     # A method and not a closure alone, so that a copy of the layer calls it with itself and is settled anew.
     def settled(self: Any, *args: Any, **kwargs: Any) -> Any:
         if self is not layer:
-            self._forward_method = getattr(self, original.__name__)
+            reseat(self, getattr(self, original.__name__))
             return self._forward_method(*args, **kwargs)
         if is_tracing():
             return traced(layer, *args, **kwargs)
@@ -129,7 +151,7 @@ def _settle(
             site.decline(refusal)
             # The next call may be settled differently, by its own arguments.
             if getattr(layer.__dict__.get("_forward_method"), "__func__", None) is settled:
-                layer._forward_method = getattr(layer, original.__name__)
+                reseat(layer, getattr(layer, original.__name__))
             return original(layer, *args, **kwargs)
         except Exception as error:
             site.fail(error)
