@@ -4,6 +4,8 @@ PY := .venv/bin/python
 # Without a GPU the kernels run in Triton's interpreter, which it must know before it is first imported.
 GPU := $(shell nvidia-smi -L 2>/dev/null)
 export TRITON_INTERPRET ?= $(if $(GPU),0,1)
+# Each of vLLM's processes imports for half the time if the bytecode of the last one is there.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo test check env clean
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import json
+import logging
 import os
 import sys
 import time
@@ -25,6 +26,9 @@ from pathlib import Path
 from typing import Any
 
 from setup_env import has_gpu  # a neighbour of this file; by the driver's tool, since vLLM must be first to touch CUDA
+
+# vLLM kills processes that do not end within 5 seconds, and a report is the last thing that a process writes.
+PATIENCE_S = 60
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +57,7 @@ def prepare(ranks: int) -> None:
         "TORCH_CPP_LOG_LEVEL": "ERROR",
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the report of this process is then the whole report
         "TOKENIZERS_PARALLELISM": "false",
+        "VLLM_WORKER_SHUTDOWN_TIMEOUT_SECONDS": str(PATIENCE_S),
     }
     if has_gpu():
         defaults["VLLM_USE_FLASHINFER_SAMPLER"] = "0"  # it would compile itself with a CUDA toolkit
@@ -64,6 +69,8 @@ def prepare(ranks: int) -> None:
         defaults["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
         if ranks > 1:
             defaults["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // ranks))
+        # "Disabling Triton": true of vLLM's own kernels, and misleading about ours.
+        logging.getLogger("vllm.triton_utils.importing").setLevel(logging.ERROR)
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
 
@@ -113,8 +120,10 @@ def run_vllm(job: Job) -> dict[str, Any]:
     from vllm import LLM, SamplingParams
 
     started = time.monotonic()
+    # vLLM warms up with as many tokens as it may meet at once, which takes minutes in Triton's interpreter.
+    small = {"max_model_len": 512, "max_num_batched_tokens": 512, "max_num_seqs": 4, "enable_prefix_caching": False}
     quiet = {"use_tqdm_on_load": False, "disable_log_stats": True}
-    options = {"max_model_len": 512, "enforce_eager": True, "enable_prefix_caching": False, **quiet, **job.options}
+    options = {"enforce_eager": True, **small, **quiet, **job.options}
     llm = LLM(job.model, dtype=job.dtype, seed=0, **options)
     say(f"{job.name}: engine started in {time.monotonic() - started:.0f} s")
     tokens: list[list[int]] = []
@@ -133,7 +142,7 @@ def run_vllm(job: Job) -> dict[str, Any]:
             pairs = list(zip(output.prompt_token_ids, output.prompt_logprobs, strict=True))
             scores.append([found[token].logprob for token, found in pairs[1:]])
         say(f"{job.name}: {len(scores)} sequences scored")
-    llm.llm_engine.engine_core.shutdown()
+    llm.llm_engine.engine_core.shutdown(timeout=PATIENCE_S)
     return {"tokens": tokens, "texts": texts, "scores": scores}
 
 
@@ -167,14 +176,18 @@ def run_transformers(job: Job) -> dict[str, Any]:
 RUNNERS = {"vllm": run_vllm, "transformers": run_transformers}
 
 
-def methods_of_vllm() -> dict[str, object]:
-    """Every function in every class of vLLM that can be replaced layer-wise, as it is now."""
+def layers_of_vllm() -> set[type]:
+    """The classes that vLLM's models are built of and plugins may replace, and what they inherit from."""
     import vllm.model_executor.layers.activation
     import vllm.model_executor.layers.layernorm
     import vllm.model_executor.layers.rotary_embedding  # noqa: F401  (they register their classes)
     from vllm.model_executor.custom_op import op_registry
 
-    classes = {base for cls in op_registry.values() for base in cls.__mro__ if base.__module__.startswith("vllm.")}
+    return {base for cls in op_registry.values() for base in cls.__mro__ if base.__module__.startswith("vllm.")}
+
+
+def methods(classes: set[type]) -> dict[str, object]:
+    """Everything that can be called on these classes, as it is now."""
     return {
         f"{cls.__module__}:{cls.__qualname__}.{name}": value
         for cls in classes
@@ -190,7 +203,8 @@ def main() -> None:
     dtype = "bfloat16" if has_gpu() else "float32"
     jobs = [Job(**{"dtype": dtype, **fields}) for fields in spec["jobs"]]
     prepare(max(job.options.get("tensor_parallel_size", 1) for job in jobs))
-    before = methods_of_vllm() if spec.get("watch") else {}
+    watched = layers_of_vllm() if spec.get("watch") else set()
+    before = methods(watched)
     results: dict[str, Any] = {}
     for number, job in enumerate(jobs):
         started, hits = time.monotonic(), _hits()
@@ -200,14 +214,13 @@ def main() -> None:
         gc.collect()  # the engine's memory, before the next one asks how much there is
         answer["hits"] = {name: count - hits.get(name, 0) for name, count in _hits().items()}
         results[job.name] = {"dtype": job.dtype, "seconds": round(time.monotonic() - started, 1), **answer}
-    after = methods_of_vllm() if before else {}
-    report = _report()
+    after, report = methods(watched), _report()
     result: dict[str, Any] = {
         "jobs": results,
         "report": report.to_json() if report else None,
         "table": str(report) if report else "",
         "modules": sorted(name for name in sys.modules if name.partition(".")[0] == "vllm_gems"),
-        "changed": sorted(name for name, value in before.items() if after.get(name) is not value),
+        "changed": sorted(name for name in {*before, *after} if after.get(name) is not before.get(name)),
     }
     Path(sys.argv[2]).write_text(json.dumps(result, indent=1))
 

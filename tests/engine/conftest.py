@@ -6,11 +6,12 @@ situation, several models in it one after the other, two processes at a time, an
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import os
 import sys
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -35,14 +36,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of the tiny checkpoints; made in a process of its own, to keep torch and transformers out of this."""
     folder = tmp_path_factory.mktemp("tiny")
-    command = [sys.executable, str(ROOT / "tools" / "tiny_models.py"), str(folder), "llama", *MODELS]
+    command = [sys.executable, str(ROOT / "tools" / "tiny_models.py"), str(folder), *MODELS]
     checked(command, folder / "log", dict(os.environ))
     return folder
 
 
 @pytest.fixture(scope="session")
 def runs(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Callable[[], Run]]]:
-    """Every situation by name; calling one waits for its process, and raises what went wrong in it."""
+    """Every situation by name; calling one waits for its process, and fails the test if that failed."""
     folder = tmp_path_factory.mktemp("runs")
     everything = list(jobs_of_all_models(tiny))
     multiprocess = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
@@ -52,8 +53,14 @@ def runs(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[
         "processes": ([one_job(tiny, "processes")], True, multiprocess),
         "ranks": ([one_job(tiny, "ranks", tensor_parallel_size=2)], False, multiprocess),
     }
+
+    def wait(future: Future[Run]) -> Run:
+        if error := future.exception():
+            pytest.fail(str(error), pytrace=False)
+        return future.result()
+
     with ThreadPoolExecutor(max_workers=2) as pool:
         futures = {name: pool.submit(run_engine, folder / name, *situation) for name, situation in situations.items()}
-        yield {name: future.result for name, future in futures.items()}
+        yield {name: functools.partial(wait, future) for name, future in futures.items()}
         for future in futures.values():
             future.cancel()

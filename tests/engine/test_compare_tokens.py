@@ -1,4 +1,4 @@
-"""The README's first command, on a tiny model of the same architecture, and what it says when something is wrong."""
+"""The README's first command, on a tiny model, and what it says when something is wrong."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def script() -> ModuleType:
 
 def test_it_compares_two_engines_and_is_content(tiny: Path, tmp_path: Path) -> None:
     done = subprocess.run(
-        [sys.executable, str(SCRIPT), "--model", str(tiny / "llama"), "--max-tokens", "3"],
+        [sys.executable, str(SCRIPT), "--model", str(tiny / "qwen2"), "--max-tokens", "3"],
         env=environment(tmp_path),
         capture_output=True,
         text=True,

@@ -1,0 +1,270 @@
+"""The direct launcher on the stand-in driver, against Triton's own launches; run by `test_launch.py`, never by itself.
+
+The machine code, the C launcher and the arguments are Triton's; only what is below and beside them is made up.
+"""
+
+from __future__ import annotations
+
+import gc
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from standin import Launch, Standin, install
+
+from vllm_gems import launch
+from vllm_gems.catalog import catalog
+from vllm_gems.errors import Refused
+from vllm_gems.launch import Build, launcher
+
+# Before anything asks Triton for its driver, which it keeps.
+STANDIN = install()
+
+
+@pytest.fixture
+def standin(monkeypatch: pytest.MonkeyPatch) -> Iterator[Standin]:
+    """Nothing launched yet, device 0 current, no capture."""
+    monkeypatch.setattr(launch, "_LAUNCHES", {})
+    yield STANDIN
+    STANDIN.set_device(0)
+    STANDIN.capturing = False
+
+
+def of_every_kind() -> Iterator[Any]:
+    """A build of every signature that the kernels have in bfloat16: tensors absent or not, aligned or not."""
+    seen = set()
+    for kernel in catalog().kernels.values():
+        for case in kernel.cases:
+            for build in kernel.builds(case, "bfloat16"):
+                kind = build.function.__name__, build.types, build.aligned
+                if kind not in seen:
+                    seen.add(kind)
+                    name = f"{kernel.name}-{case.name}-{'aligned' if build.aligned else 'misaligned'}"
+                    yield pytest.param(build, id=name.replace(" ", "_"))
+
+
+BUILDS = list(of_every_kind())
+ONE: Build = BUILDS[0].values[0]
+
+
+def arguments(build: Build) -> list[Any]:
+    """What Triton's own launch takes: tensors, None, and numbers that are all different.
+
+    Triton compiles for the values that it sees, so they must be of the kind that the build promises, and none may be 1.
+    """
+    found: list[Any] = []
+    for index, kind in enumerate(build.types):
+        if kind is None:
+            found.append(None)
+        elif kind.startswith("*"):
+            found.append(torch.zeros(64, dtype=launch._DTYPES[kind[1:]])[0 if build.aligned else 1 :])
+        elif kind == "fp32":
+            found.append(1e-6)
+        else:
+            found.append(16 * (index + 2) if build.aligned and kind.endswith("/16") else 100 * index + 7)
+    return found
+
+
+def addresses(args: list[Any]) -> list[Any]:
+    """The same for a launcher of ours."""
+    return [0 if a is None else a.data_ptr() if isinstance(a, torch.Tensor) else a for a in args]
+
+
+def by_triton(build: Build, grid: int, args: list[Any]) -> Launch:
+    with STANDIN.launches() as found:
+        build.function[(grid,)](*args, **dict(build.constexprs), **build.options())
+    return found[0]
+
+
+def by(function: launch.Launch, grid: int, args: list[Any]) -> Launch:
+    with STANDIN.launches() as found:
+        function(grid, *addresses(args))
+    return found[0]
+
+
+@pytest.fixture
+def triton_launches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The grids that go through `kernel[grid]` of `ONE` from now on."""
+    grids = []
+    subscript = type(ONE.function).__getitem__
+
+    def note(function: Any, grid: tuple[int]) -> Any:
+        grids.append(grid[0])
+        return subscript(function, grid)
+
+    monkeypatch.setattr(type(ONE.function), "__getitem__", note)
+    return grids
+
+
+def test_this_triton_is_launched_directly(standin: Standin, triton_launches: list[int]) -> None:
+    """Else everything below would compare Triton with itself."""
+    assert launch.direct_refuses() is None
+    by(launcher(ONE, 0), 3, arguments(ONE))
+    assert triton_launches == []
+
+
+@pytest.mark.parametrize("build", BUILDS)
+def test_the_same_reaches_the_driver(build: Build, standin: Standin) -> None:
+    """Machine code, grid, block, shared memory, stream and every byte of the parameters."""
+    args = arguments(build)
+    expected = by_triton(build, 3, args)
+    assert expected.grid == (3, 1, 1)
+    assert expected.block == (32 * build.num_warps, 1, 1)
+    assert by(launcher(build, 0), 3, args) == expected
+    assert by(launch._by_subscript(build), 3, args) == expected
+
+
+def test_kernels_stay_loaded(standin: Standin) -> None:
+    """Triton unloads the machine code of a compiled kernel that nobody holds any more."""
+    direct = launcher(ONE, 0)
+    gc.collect()
+    args = arguments(ONE)
+    assert by(direct, 3, args).parameters == by_triton(ONE, 3, args).parameters
+
+
+def test_absent_pointers_are_not_passed(standin: Standin) -> None:
+    """Whatever stands in their place, the kernel has no such parameter."""
+    build = next(param.values[0] for param in BUILDS if None in param.values[0].types)
+    args = arguments(build)
+    direct = launcher(build, 0)
+    expected = by(direct, 3, args)
+    instead = [12345 if a is None else a for a in args]
+    assert by(direct, 3, instead) == expected
+
+
+def test_empty_grid_launches_nothing(standin: Standin) -> None:
+    direct = launcher(ONE, 0)
+    with standin.launches() as found:
+        direct(0, *addresses(arguments(ONE)))
+    assert found == []
+
+
+@pytest.mark.parametrize("name", ["launch_enter_hook", "launch_exit_hook"])
+def test_hooks_are_called(name: str, standin: Standin, triton_launches: list[int]) -> None:
+    """A profiler's hooks are told of every launch while they are set, and cost nothing afterwards."""
+    hook, told = getattr(triton.knobs.runtime, name), []
+    direct, args = launcher(ONE, 0), arguments(ONE)
+    expected = by(direct, 3, args)
+
+    def note(metadata: Any) -> None:
+        told.append(metadata.get()["name"])
+
+    hook.add(note)
+    try:
+        assert by(direct, 3, args) == expected
+    finally:
+        hook.remove(note)
+    assert told == [ONE.function.__name__]
+    assert triton_launches == [3]
+    assert by(direct, 3, args) == expected
+    assert len(told) == len(triton_launches) == 1
+
+
+def test_another_current_device(standin: Standin, triton_launches: list[int]) -> None:
+    """The kernel runs where it was loaded, and the caller's device is current again afterwards."""
+    direct, args = launcher(ONE, 0), arguments(ONE)
+    standin.set_device(1)
+    found = by(direct, 3, args)
+    assert (found.device, found.stream) == (0, standin.stream(0))
+    assert triton_launches == [3]
+    assert standin.device == 1
+
+
+def test_launcher_for_a_device_that_is_not_current(standin: Standin, triton_launches: list[int]) -> None:
+    direct, args = launcher(ONE, 1), arguments(ONE)
+    assert standin.device == 0
+    standin.set_device(1)
+    found = by(direct, 3, args)
+    assert (found.device, found.stream) == (1, standin.stream(1))
+    assert triton_launches == []
+
+
+def test_every_device_has_a_launcher_of_its_own(standin: Standin) -> None:
+    args = arguments(ONE)
+    for device in (0, 1):
+        standin.set_device(device)
+        assert by(launcher(ONE, device), 3, args).device == device
+
+
+def _unknown_release(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton, "__version__", "99.0.0")
+
+
+def _debugging(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton.knobs.runtime, "debug", True)
+
+
+@pytest.mark.parametrize("change", [_unknown_release, _debugging])
+def test_what_cannot_be_direct_is_launched_by_triton(
+    change: Any, standin: Standin, triton_launches: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    args = arguments(ONE)
+    direct = by(launcher(ONE, 0), 3, args)
+    launch._LAUNCHES.clear()
+    change(monkeypatch)
+    assert launch.direct_refuses() is not None
+    assert by(launcher(ONE, 0), 3, args)._replace(code=direct.code) == direct
+    assert triton_launches == [3]
+
+
+def test_nothing_is_compiled_during_a_capture(standin: Standin) -> None:
+    args = arguments(ONE)
+    standin.capturing = True
+    before = standin.loaded
+    with pytest.raises(Refused, match="is not compiled yet and a CUDA graph is being captured"):
+        launcher(ONE, 0)
+    assert standin.loaded == before
+
+    standin.capturing = False
+    expected = by(launcher(ONE, 0), 3, args)
+    standin.capturing = True
+    before = standin.loaded
+    assert by(launcher(ONE, 0), 3, args) == expected
+    assert standin.loaded == before
+
+
+def test_threads_share_one_compilation(standin: Standin) -> None:
+    before, found = standin.loaded, []
+    together = threading.Barrier(8)
+
+    def ask() -> None:
+        together.wait()
+        found.append(launcher(ONE, 0))
+
+    threads = [threading.Thread(target=ask) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 8
+    assert len(set(map(id, found))) == 1
+    assert standin.loaded == before + 1
+
+
+@triton.jit
+def needs_scratch_kernel(x_ptr, BLOCK: tl.constexpr):
+    """Writes a descriptor into memory that whoever launches must provide."""
+    x = tl.make_tensor_descriptor(x_ptr, shape=[BLOCK, BLOCK], strides=[BLOCK, 1], block_shape=[BLOCK, BLOCK])
+    x.store([0, 0], x.load([0, 0]))
+
+
+def test_kernels_that_need_scratch_memory_get_it(standin: Standin, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the allocator that the user gave Triton: the direct launcher has none."""
+    scratch = torch.zeros(4096, dtype=torch.int8)
+    asked = []
+
+    def allocate(size: int, alignment: int, stream: int | None) -> torch.Tensor:
+        asked.append(size)
+        return scratch
+
+    triton.set_allocator(allocate)
+    build = Build(needs_scratch_kernel, ("*bf16",), (("BLOCK", 32),))
+    args = [torch.zeros(1024, dtype=torch.bfloat16)]
+    found = by(launcher(build, 0), 3, args)
+    assert len(asked) == 1
+    assert scratch.data_ptr().to_bytes(8, "little") in found.parameters
+    assert found == by_triton(build, 3, args)
