@@ -22,7 +22,7 @@ def patcher() -> Patcher:
 
 def report() -> Report:
     """What is patched in this process, where, and how often it ran."""
-    return Report.of_process(patcher().rows())
+    return Report.of_process(patcher().rows(), patcher().rank())
 
 
 def apply_gems_patches_to_vllm(

@@ -66,6 +66,7 @@ class Build:
     aligned: bool = True
     num_warps: int = 4
     num_stages: int = 1
+    maxnreg: int | None = None  # registers a thread that NVIDIA's assembler may use, where it spills to use fewer
 
     def source(self) -> ASTSource:
         names = self.function.arg_names
@@ -87,7 +88,10 @@ class Build:
         return ASTSource(self.function, signature, constants, attrs)
 
     def options(self) -> dict[str, Any]:
-        return {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        options: dict[str, Any] = {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
+        if self.maxnreg is not None and torch.version.hip is None:  # AMD's backend does not know it
+            options["maxnreg"] = self.maxnreg
+        return options
 
 
 def compile_for(build: Build, target: Any) -> Any:

@@ -100,6 +100,10 @@ class Patcher:
             entries = [self._entries[name] for name in self.catalog.patches if name in self._entries]
             return tuple(self._row(entry, layers) for entry in entries)
 
+    def rank(self) -> str:
+        """The rank of this process in torch.distributed, as its layers found it; "0" if they found none."""
+        return next((entry.site.rank for entry in self._order if entry.site and entry.site.rank), "0")
+
     def reset_counts(self) -> None:
         """Forget the hits of the parent, in a forked child."""
         for entry in self._entries.values():

@@ -33,7 +33,7 @@ class Report:
     mode: str
 
     @classmethod
-    def of_process(cls, rows: tuple[Row, ...]) -> Report:
+    def of_process(cls, rows: tuple[Row, ...], rank: str = "0") -> Report:
         names = ("vllm", "torch", "triton")
         device = _device()
         measured = speedups(device)
@@ -42,7 +42,7 @@ class Report:
             versions={"vllm_gems": __version__, **{name: _version(name) for name in names}},
             device=device,
             pid=(os.getpid(),),
-            rank=_rank(),
+            rank=rank,
             mode=_mode(rows),
         )
 
@@ -196,14 +196,6 @@ def _device() -> str:
     if torch is not None and torch.cuda.is_initialized():
         return str(torch.cuda.get_device_name())
     return seams.platform() or "-"
-
-
-def _rank() -> str:
-    torch = sys.modules.get("torch")
-    distributed = getattr(torch, "distributed", None)
-    if distributed is not None and distributed.is_available() and distributed.is_initialized():
-        return str(distributed.get_rank())
-    return "0"
 
 
 def _mode(rows: Iterable[Row]) -> str:

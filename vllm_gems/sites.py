@@ -25,7 +25,7 @@ is_tracing = torch.compiler.is_dynamo_compiling
 class Site:
     """Counters of one bound patch, and what to do when our side raises."""
 
-    __slots__ = ("declined", "errors", "failure", "hits", "kernels", "name", "on_failure", "strict")
+    __slots__ = ("declined", "errors", "failure", "hits", "kernels", "name", "on_failure", "rank", "strict")
 
     def __init__(self, name: str, kernels: tuple[str, ...] = (), strict: bool = False) -> None:
         self.name = name
@@ -33,6 +33,7 @@ class Site:
         self.strict = strict
         self.hits = 0
         self.errors = 0
+        self.rank = ""  # in torch.distributed, while it was up: it is down again when a process tells what it did
         self.failure = ""
         self.declined: dict[str, int] = {}
         self.on_failure: Callable[[], None] | None = None  # puts the original back
@@ -100,6 +101,12 @@ def layer_method(
     return forward
 
 
+def distributed_rank() -> str:
+    """This process's rank in torch.distributed, "" if that is not up."""
+    distributed = torch.distributed
+    return str(distributed.get_rank()) if distributed.is_available() and distributed.is_initialized() else ""
+
+
 def _only_forwards(cls: type) -> bool:
     """Whether `cls.forward` does nothing but call the method in `_forward_method`."""
 
@@ -136,6 +143,8 @@ def _settle(
     except Exception as error:
         site.fail(error)
         return None
+
+    site.rank = site.rank or distributed_rank()
 
     # A method and not a closure alone, so that a copy of the layer calls it with itself and is settled anew.
     def settled(self: Any, *args: Any, **kwargs: Any) -> Any:

@@ -150,6 +150,8 @@ def _build(
         ),
         aligned=aligned,
         num_warps=num_warps,
+        # Without wide loads the addresses take more registers than the assembler would give for its occupancy.
+        maxnreg=None if aligned else 128,
     )
 
 
