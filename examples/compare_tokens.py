@@ -76,7 +76,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, help="a folder with a Llama-like model; default: SmolLM2-135M-Instruct")
     parser.add_argument("--dtype", help="default: float32 on a CPU, bfloat16 on a GPU")
-    parser.add_argument("--max-tokens", type=int, default=16, help="tokens to generate for each prompt (%(default)s)")
+    parser.add_argument(
+        "--max-tokens", type=int, default=20, help="tokens to generate for each prompt, at most (%(default)s)"
+    )
     parser.add_argument("--mode", choices=("eager", "compiled"), default="eager", help="vLLM's mode (%(default)s)")
     args = parser.parse_args()
     started = time.monotonic()

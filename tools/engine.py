@@ -97,6 +97,10 @@ def _hits() -> dict[str, int]:
     return hits
 
 
+def _is_text(prompts: tuple[Any, ...]) -> bool:
+    return all(isinstance(prompt, str) for prompt in prompts)
+
+
 def _with_template(tokenizer: Any, prompt: Any) -> Any:
     """A prompt as vLLM takes it: token ids as they are, text as a user's turn if the model knows about turns."""
     if not isinstance(prompt, str):
@@ -128,13 +132,16 @@ def run_vllm(job: Job) -> dict[str, Any]:
     say(f"{job.name}: engine started in {time.monotonic() - started:.0f} s")
     tokens: list[list[int]] = []
     texts: list[str] = []
-    greedy = SamplingParams(temperature=0.0, max_tokens=job.max_tokens, ignore_eos=True)
-    for prompt in job.prompts:
+    if job.prompts:
+        say(f"{job.name}: generating {len(job.prompts)} x {job.max_tokens} tokens ...")
         began = time.monotonic()
-        (output,) = llm.generate([_with_template(llm.get_tokenizer(), prompt)], greedy, use_tqdm=False)
-        tokens.append(list(output.outputs[0].token_ids))
-        texts.append(output.outputs[0].text)
-        say(f"{job.name}: {len(tokens[-1])} tokens in {time.monotonic() - began:.1f} s")
+        # Prompts of token ids are there to be compared: as many tokens as were asked for, whatever they are.
+        params = SamplingParams(temperature=0.0, max_tokens=job.max_tokens, ignore_eos=not _is_text(job.prompts))
+        prompts = [_with_template(llm.get_tokenizer(), prompt) for prompt in job.prompts]
+        for output in llm.generate(prompts, params, use_tqdm=False):
+            tokens.append(list(output.outputs[0].token_ids))
+            texts.append(output.outputs[0].text)
+        say(f"{job.name}: {sum(map(len, tokens))} tokens in {time.monotonic() - began:.1f} s")
     scores: list[list[float]] = []
     if job.score:
         params = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=1)

