@@ -107,7 +107,9 @@ def test_direct_launches_are_refused_in_words(
     assert re.search(words, str(launch.direct_refuses()))
 
 
-@pytest.mark.parametrize(("interpreted", "options"), [(True, {}), (False, {"num_warps": 8, "num_stages": 1})])
+@pytest.mark.parametrize(
+    ("interpreted", "options"), [(True, {}), (False, {"num_warps": 8, "num_stages": 1, "enable_fp_fusion": True})]
+)
 def test_triton_is_given_tensors_and_names(
     interpreted: bool, options: dict[str, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
