@@ -139,7 +139,7 @@ def run(step: Step, log: Path) -> int:
                 return process.wait(HEARTBEAT)
             except subprocess.TimeoutExpired:
                 lines = [line.strip() for line in log.read_text(errors="replace").split("\n")]
-                last = next((line for line in reversed(lines) if line and not line.startswith("WARNING")), "")
+                last = next((line for line in reversed(lines) if line and not line.startswith(("WARNING", "━"))), "")
                 print(f"      {time.monotonic() - started:4.0f} s  {last[:100]}", flush=True)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from engine_runs import CAN_COMPILE, MODELS, REFEREED, Run
+from engine_runs import CAN_COMPILE, MODELS, REFEREED, TOKENS, Run
 
 Runs = dict[str, Callable[[], Run]]
 
@@ -87,7 +87,7 @@ def test_each_layer_ran_our_kernel(runs: Runs, model: str, dtype: str) -> None:
         # vLLM has one GeluAndMul for all engines of a process. The first call in another dtype goes to the original,
         # and the next one settles the layer anew.
         counted["activation.gelu_and_mul"] += 1
-    assert_all_calls(CALLS[model], counted, at_least=1)
+    assert_all_calls(CALLS[model], counted, at_least=TOKENS if dtype == "float32" else 1)
 
 
 def test_no_kernel_failed(runs: Runs) -> None:
@@ -99,7 +99,7 @@ def test_no_kernel_failed(runs: Runs) -> None:
 def test_compiled_mode_generates_the_same_with_our_kernels(runs: Runs) -> None:
     ours, stock = runs["on"]().job("compiled"), runs["off"]().job("compiled")
     assert ours["tokens"] == stock["tokens"]
-    assert_all_calls(CALLS["qwen2"], ours["hits"], at_least=len(ours["tokens"]) * len(ours["tokens"][0]))
+    assert_all_calls(CALLS["qwen2"], ours["hits"], at_least=TOKENS)
 
 
 def test_worker_of_the_multiprocess_engine_runs_our_kernels(runs: Runs) -> None:
@@ -107,7 +107,7 @@ def test_worker_of_the_multiprocess_engine_runs_our_kernels(runs: Runs) -> None:
     assert run.job("processes")["tokens"] == referee(runs, "qwen2")["tokens"]
     counted = [hits(report) for report in run.reports if sum(hits(report).values())]
     assert len(counted) == 1, [(report["pid"], hits(report)) for report in run.reports]
-    assert_all_calls(CALLS["qwen2"], counted[0], at_least=1)
+    assert_all_calls(CALLS["qwen2"], counted[0], at_least=TOKENS)
 
 
 def test_both_tensor_parallel_ranks_run_our_kernels(runs: Runs) -> None:
@@ -116,7 +116,7 @@ def test_both_tensor_parallel_ranks_run_our_kernels(runs: Runs) -> None:
     counted = {report["rank"]: hits(report) for report in run.reports if sum(hits(report).values())}
     assert sorted(counted) == ["0", "1"]
     assert counted["0"] == counted["1"]
-    assert_all_calls(CALLS["qwen2"], counted["0"], at_least=1)
+    assert_all_calls(CALLS["qwen2"], counted["0"], at_least=TOKENS)
 
 
 def test_switched_off_leaves_vllm_as_it_is(runs: Runs) -> None:
