@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from vllm_gems.reports import gpu_slug
+from vllm_gems.tuned import gpu_slug
 
 ROOT = pathlib.Path(__file__).resolve().parent
 RESULTS = ROOT / "results"

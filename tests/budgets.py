@@ -46,8 +46,16 @@ REGISTERS: dict[str, Registers] = {
     "_rms_norm_kernel": Registers(200, 256),
     # Up to 16 pairs a thread, each with its cosine, its sine and addresses of both halves: 18 warps, 5 waves.
     "_rotary_embedding_kernel": Registers(112, 96),
+    # A tile of sums and one operand on its way from shared memory, which is what limits how many programs an SM has.
+    "_linear_kernel": Registers(168, 256),
     # Up to 8 elements a thread, which is one access of 16 bytes: 32 warps, 8 waves.
     "_activation_kernel": Registers(64, 64),
+    # A group's query heads and their accumulator, and the addresses of two tiles: 12 warps, which are the three
+    # programs whose tiles are in shared memory. AMD: 256, as its tiles are on their way in registers too.
+    "_decode_attention_kernel": Registers(168, 256),
+    # Two accesses of 16 bytes a thread, with their angles and weights in float32, in programs of one warp: as many as
+    # an SM takes, which is 32 of 64 registers, on sm_120 24 of 80. AMD: 8 waves.
+    "_rope_and_cache_kernel": Registers(80, 64),
 }
 
 

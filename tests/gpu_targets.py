@@ -30,8 +30,8 @@ MUST_SPILL = "a kernel that must spill"
 
 # Constexprs that say how large operands are, not how the work is divided. Kernels branch on whether they are 0 or 1.
 SIZES = {
-    "HALF", "HIDDEN", "INNER", "K_HEADS", "OFFSET", "Q_HEADS", "SECTION_H", "SECTION_T", "SECTION_W", "VARIANCE_SIZE",
-    "WIDTH",
+    "BLOCK_SIZE", "GROUP", "HALF", "HEAD", "HEAD_SIZE", "HIDDEN", "IN", "INNER", "KV_HEADS", "K_HEADS", "OFFSET", "OUT",
+    "Q_HEADS", "SECTION_H", "SECTION_T", "SECTION_W", "VARIANCE_SIZE", "WIDTH",
 }  # fmt: skip
 
 

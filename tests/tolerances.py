@@ -30,6 +30,23 @@ def absolute(kernel: str, inputs: dict[str, Any], dtype: torch.dtype) -> float |
     if "rotary" in kernel:
         # Products of like size are subtracted: one rounding of the result, and those of float32 products.
         return float(inputs["query"].abs().max()) * _ULP[dtype] if inputs["query"].numel() else 0.0
+    if "linear" in kernel and inputs["x"].numel():
+        # Products of both signs are summed in float32; the activation is as steep as what it is multiplied by.
+        most = float((inputs["x"].double().abs() @ inputs["weight"].double().abs().T).max())
+        return max(TOLERANCES[dtype][1], 2 * most * (most if "gated" in kernel else 1.0) * _ULP[torch.float32])
+    if kernel == "rope_and_cache":
+        # As of a rotation alone; v is copied.
+        return float(inputs["qkv"].abs().max()) * _ULP[dtype] if inputs["qkv"].numel() else 0.0
+    if kernel == "qk_norm_rope_and_cache" and inputs["qkv"].numel():
+        # As of a rotation of what was normalised: rounded to the dtype before, and off by some units of float32.
+        heads = inputs["qkv"].double().unflatten(-1, (-1, inputs["key_cache"].shape[-1]))
+        normalised = heads * heads.pow(2).mean(dim=-1, keepdim=True).rsqrt()
+        weight = max(float(inputs[name].abs().max()) for name in ("q_weight", "k_weight"))
+        return float(normalised.abs().max()) * weight * (_ULP[dtype] + 4 * _ULP[torch.float32])
+    if kernel == "decode_attention" and inputs["query"].numel():
+        # What the values are weighted by is off by some units of float32, and rounded to the dtype; the values cancel.
+        largest = float(inputs["value_cache"].abs().nan_to_num(posinf=0.0).max())  # infinite where nothing may be read
+        return largest * (_ULP[dtype] + 8 * _ULP[torch.float32])
     if kernel in ("gelu_and_mul", "gelu_tanh_and_mul", "gelu_new", "gelu_fast") and inputs["x"].numel():
         # 1 + erf(x) and 1 + tanh(x) cancel near -1, in float32, before the product with the other half.
         largest = max(1.0, float(inputs["x"].abs().max()))

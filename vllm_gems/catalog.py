@@ -22,9 +22,10 @@ class _BuiltIn:
 
     @hookimpl
     def vllm_gems_kernels(self) -> Iterable[Kernel]:
-        from .kernels import activation, rms_norm, rotary_embedding
+        from .kernels import activation, decode_attention, linear, rms_norm, rope_and_cache, rotary_embedding
 
-        return (*rms_norm.KERNELS, *rotary_embedding.KERNELS, *activation.KERNELS)
+        modules = rms_norm, rotary_embedding, activation, linear, rope_and_cache, decode_attention
+        return [kernel for module in modules for kernel in module.KERNELS]
 
     @hookimpl
     def vllm_gems_seams(self) -> Iterable[Seam]:
@@ -36,7 +37,7 @@ class _BuiltIn:
     def vllm_gems_patches(self) -> Iterable[Patch]:
         from .patches import activation, layernorm, rotary
 
-        return (*layernorm.PATCHES, *rotary.PATCHES, *activation.PATCHES)
+        return [patch for module in (layernorm, rotary, activation) for patch in module.PATCHES]
 
 
 class Catalog:

@@ -9,12 +9,13 @@ import json
 import os
 import pathlib
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from . import __version__, seams
 from .nouns import Row, State
+from .tuned import gpu_slug
 
 
 @dataclass(frozen=True)
@@ -129,25 +130,19 @@ def merge(reports: Sequence[Report]) -> Report:
     rows = []
     for group in by_patch.values():
         best = min(group, key=lambda row: (liveliness.index(row.state), -row.hits))
-        declined: dict[str, int] = {}
-        for row in group:
-            for reason, count in row.declined.items():
-                declined[reason] = declined.get(reason, 0) + count
         rows.append(
             dataclasses.replace(
-                best, hits=sum(r.hits for r in group), errors=sum(r.errors for r in group), declined=declined
+                best,
+                hits=sum(row.hits for row in group),
+                errors=sum(row.errors for row in group),
+                declined=_added(row.declined for row in group),
+                by_layer=_added(row.by_layer for row in group),
             )
         )
     busiest = max(reports, key=lambda report: sum(row.hits for row in report.rows))
     ranks = sorted({report.rank for report in reports if any(row.hits for row in report.rows)})
     pids = tuple(pid for report in reports for pid in report.pid)
     return dataclasses.replace(busiest, rows=tuple(rows), pid=pids, rank=",".join(ranks) or "-")
-
-
-def gpu_slug(name: str) -> str:
-    """The folder of a GPU's measurements: "NVIDIA H100 80GB HBM3" -> "h100"."""
-    words = name.lower().replace("nvidia", "").split()
-    return words[0] if words else "cpu"
 
 
 def speedups(device: str) -> dict[str, float]:
@@ -160,8 +155,20 @@ def speedups(device: str) -> dict[str, float]:
     return found
 
 
+def _added(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:
+    total: dict[str, int] = {}
+    for each in counts:
+        for name, count in each.items():
+            total[name] = total.get(name, 0) + count
+    return total
+
+
 def _remarks(row: Row) -> str:
     parts = [row.why] if row.why else []
+    if row.by_layer:
+        least, most = min(row.by_layer.values()), max(row.by_layer.values())
+        each = str(least) if least == most else f"{least} to {most}"
+        parts.append(f"{each} in each of {len(row.by_layer)} layers")
     parts += [f"declined {count}: {reason}" for reason, count in row.declined.items()]
     if row.errors:
         parts.append(f"errors {row.errors}")

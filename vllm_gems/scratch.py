@@ -1,0 +1,44 @@
+"""Memory that kernels need beside their arguments and leave as they found it."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import torch
+
+from .launch import CPU
+
+_LEAST = 4096  # 16 KiB, enough for the decode batches of most models
+
+# (device, raw stream) -> zeros. Kernels of one stream follow one another, those of two may run at once.
+_COUNTERS: dict[tuple[int, int], torch.Tensor] = {}
+_LOCK = threading.Lock()
+
+
+def counters(device: int, count: int) -> torch.Tensor:
+    """At least `count` int32 zeros for a kernel on `device`'s current stream, which leaves them zero when it is done.
+
+    The same buffer at every call on a stream, until it has to grow. While a CUDA graph is being captured new ones: the
+    graph may be replayed on any stream, and brings the filling with zeros along.
+    """
+    stream = 0
+    if device != CPU:
+        core: Any = torch._C
+        if core._cuda_isCurrentStreamCapturing():
+            return _zeros(device, count)
+        stream = core._cuda_getCurrentRawStream(device)
+    found = _COUNTERS.get((device, stream))
+    if found is not None and found.numel() >= count:
+        return found
+    with _LOCK:
+        found = _COUNTERS.get((device, stream))
+        if found is None or found.numel() < count:
+            # What it replaces goes back to PyTorch's allocator, which gives it to no other stream.
+            found = _COUNTERS[device, stream] = _zeros(device, max(_LEAST, 1 << (count - 1).bit_length()))
+        return found
+
+
+def _zeros(device: int, count: int) -> torch.Tensor:
+    where = torch.device("cpu") if device == CPU else torch.device("cuda", device)
+    return torch.zeros(count, dtype=torch.int32, device=where)
