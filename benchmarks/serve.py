@@ -1,11 +1,10 @@
 """Serving with and without the plugin: ms per decode step of a real vLLM engine, one run, one GPU.
 
-    python benchmarks/serve.py --model qwen2.5-7b --record serve_eager_dense
+    python benchmarks/serve.py --model qwen2.5-7b --against-compiled --record serve_eager_dense
 
 Every engine is in a process of its own in which vLLM loads the plugin by its entry point, or not (`VLLM_GEMS=0`), off
-and on, `--rounds` times over. The models are the public configurations
-with random weights, written to a folder with no tokenizer: nothing is downloaded. bfloat16, prompts of 64 random
-tokens.
+and on, `--rounds` times over. The models are the public configurations with random weights, written to a folder with no
+tokenizer: nothing is downloaded. bfloat16, prompts of 64 random tokens.
 
 Timed are calls of `LLMEngine.step` while every request decodes: one forward pass, temperature 0.8 and top_p 0.95
 sampled; the prefill and the first steps are left out. In eager mode both sides are timed in one process, in `--turns`
@@ -14,23 +13,29 @@ host time on a shared machine drifts by more, from one process to the next, than
 by its median, a side by the median of its bursts. Compiled code cannot change sides, so there a process is a burst.
 
 Before anything is timed, the first round decodes a fixed sequence of tokens, the same in every process, and keeps the
-logits of every step. Ours and stock's are compared with each other and with those of an engine in float32 with the
-same weights (matrix products and attention in full float32). What counts is the relative Frobenius error against
-float32: ours may be at most 1.1 times stock's, so that what separates us from stock is bfloat16's rounding and
-nothing else. Hits per forward pass are counted there too, and compared with what the model's layers should give.
-Tokens decoded greedily and freely are compared as well, for information: random weights put the best two tokens so
-close that rounding decides.
+logits of every step: at batch 1 and 32; at batch 1 for 200 steps, of a prompt whose prefix is cached ("long"); and of
+prompts that come one after the other and are prefilled in pieces beside the decoding of others ("mixed"). Ours and
+stock's are compared with each other and with those of an engine in float32 with the same weights (matrix products and
+attention in full float32). What counts is the relative Frobenius error against float32: ours may be at most 1.1 times
+stock's, so that what separates us from stock is bfloat16's rounding and nothing else. Hits are counted there too, and
+compared with what the model's layers should give. Tokens decoded greedily and freely are compared as well, for
+information: random weights put the best two tokens so close that rounding decides.
+
+--prefill times prefills of single prompts, in the same turns. `VLLM_GEMS_INCLUDE=default,decoder.*,attention.*` adds
+what is off by default.
 
 The exit status is 1 if logits or hits are not as they should be. Start-up is from the start of the process to an
 engine that is ready; the first process of a run fills caches for the others, so the least of each side counts.
 
-On a CPU, `--model tiny --batches 1,4` tries this program out.
+On a CPU, `--model tiny --batches 1,4` tries this program out, on vLLM's FlashAttention backend (tools/flash_on_cpu.py).
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
+import importlib
 import json
 import os
 import random
@@ -42,7 +47,7 @@ import sys
 import tempfile
 import time
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,6 +62,10 @@ PROMPT = 64
 WARMUP = 8  # steps of a burst that are not timed, the prefill among them
 FORCED = 8  # decode steps whose logits are compared
 GREEDY = 32  # tokens decoded freely
+LONG = 200  # decode steps compared of one prompt whose prefix is cached
+MIXED = (40, 300, 3, 90, 170, 64)  # prompts that come while others decode
+PREFILLS = 5  # of a burst
+PIECE = 64  # tokens of a prefill that one step takes, there
 TIMED = {"temperature": 0.8, "top_p": 0.95}
 # Our error against float32 may be this many times stock's.
 LIMIT = 1.1
@@ -74,6 +83,7 @@ class Model:
     title: str
     config: dict[str, Any]
     hits: dict[str, tuple[int, int]]
+    decoder: str  # the patch that does a decode step of a whole layer
 
     def with_layers(self, layers: int | None) -> Model:
         if layers is None or layers == self.config["num_hidden_layers"]:
@@ -81,9 +91,13 @@ class Model:
         config = {**self.config, "num_hidden_layers": layers, "max_window_layers": layers}
         return dataclasses.replace(self, title=f"{self.title}, {layers} layers", config=config)
 
-    def expected(self) -> dict[str, int]:
+    def expected(self, decodes: int, whole_layers: bool) -> dict[str, int]:
+        """Hits of a prefill and so many decode steps, with or without the patch of whole layers."""
         layers = self.config["num_hidden_layers"]
-        return {patch: layers * each + once for patch, (each, once) in self.hits.items()}
+        if not whole_layers:
+            return {patch: (1 + decodes) * (layers * each + once) for patch, (each, once) in self.hits.items()}
+        parts = {patch: layers * each + (1 + decodes) * once for patch, (each, once) in self.hits.items()}
+        return {**parts, self.decoder: layers * decodes}
 
 
 def _config(architecture: str, model_type: str, **values: Any) -> dict[str, Any]:
@@ -100,6 +114,7 @@ MODELS = {
             max_position_embeddings=32768, use_sliding_window=False, max_window_layers=28,
         ),
         _DENSE,
+        "decoder.qwen2",
     ),
     "llama-3.1-8b": Model(
         "Llama-3.1-8B",
@@ -113,6 +128,7 @@ MODELS = {
             },
         ),
         _DENSE,
+        "decoder.llama",
     ),
     "qwen3-8b": Model(
         "Qwen3-8B",
@@ -123,6 +139,7 @@ MODELS = {
             max_window_layers=36,
         ),
         {**_DENSE, "layernorm.rms_norm": (4, 1)},  # q_norm and k_norm
+        "decoder.qwen3",
     ),
     "tiny": Model(
         "tiny",
@@ -132,6 +149,7 @@ MODELS = {
             max_position_embeddings=2048, use_sliding_window=False, max_window_layers=2,
         ),
         _DENSE,
+        "decoder.qwen2",
     ),
 }  # fmt: skip
 
@@ -214,26 +232,31 @@ def register_loader() -> None:
     register_model_loader("seeded")(SeededLoader)
 
 
-def random_prompts(count: int, vocabulary: int, seed: int) -> list[dict[str, list[int]]]:
+def random_prompts(count: int, vocabulary: int, seed: int, length: int = PROMPT) -> list[dict[str, list[int]]]:
     numbers = random.Random(seed)
-    return [{"prompt_token_ids": [numbers.randrange(vocabulary) for _ in range(PROMPT)]} for _ in range(count)]
+    return [{"prompt_token_ids": [numbers.randrange(vocabulary) for _ in range(length)]} for _ in range(count)]
 
 
 def start_engine(spec: dict[str, Any]) -> Any:
+    if not has_gpu():
+        sys.path.insert(0, str(measure.ROOT.parent / "tools"))
+        importlib.import_module("flash_on_cpu").install()
     from vllm import LLM
 
     register_loader()
     most = max(spec["batches"])
+    longest = max([PROMPT + max(WARMUP + spec["steps"], LONG, GREEDY), *MIXED, *spec["prefill"]])
     return LLM(
         spec["model"],
         dtype=spec["side"]["dtype"],
         load_format="seeded",
         skip_tokenizer_init=True,
         seed=0,
-        max_model_len=PROMPT + max(WARMUP + spec["steps"], FORCED, GREEDY) + 8,
-        max_num_seqs=most,
-        max_num_batched_tokens=most * PROMPT,  # every prefill in one step
-        enable_prefix_caching=False,
+        max_model_len=longest + 8,
+        max_num_seqs=max(most, len(MIXED)),
+        max_num_batched_tokens=max(most * PROMPT, longest + 8),  # every prefill in one step
+        enable_prefix_caching=True,
+        block_size=16,
         # Room for what is run here; without it vLLM measures how much there is, which takes time and varies.
         **({"kv_cache_memory_bytes": 8 << 30} if has_gpu() else {}),
         **MODES[spec["side"]["mode"]],
@@ -277,31 +300,70 @@ class Forced:
         del self.model.compute_logits  # the class's own is found again
 
 
-def verify(llm: Any, spec: dict[str, Any], batch: int) -> dict[str, Any]:
-    """Logits of every step of forced decoding (saved), hits per forward pass, and tokens of free greedy decoding."""
-    from vllm import SamplingParams
-
-    vocabulary = spec["vocabulary"]
-    prompts = random_prompts(batch, vocabulary, seed=batch)
-    tokens = [random.Random(7).randrange(vocabulary) for _ in range(FORCED)]
+def forced(
+    llm: Any, spec: dict[str, Any], name: str, run: Callable[[dict[str, Any]], None], tokens: Sequence[int]
+) -> dict[str, Any]:
+    """Save the logits of all steps of `run(parameters of greedy sampling)`; how many steps, and hits in all."""
     greedy = {"temperature": 0.0, "ignore_eos": True, "detokenize": False}
     (model,) = llm.apply_model(lambda model: model)
     before = count_hits()
-    with Forced(model, tokens) as forced:
-        llm.generate(prompts, SamplingParams(max_tokens=FORCED + 1, **greedy), use_tqdm=False)
+    with Forced(model, tokens) as kept:
+        run(greedy)
     hits = {patch: count - before.get(patch, 0) for patch, count in count_hits().items()}
-    torch.save(torch.stack(forced.kept), Path(spec["out"]) / f"{spec['name']}-{batch}.pt")
-    free = llm.generate(prompts, SamplingParams(max_tokens=GREEDY, **greedy), use_tqdm=False)
-    return {
-        "hits_per_forward": {patch: count / len(forced.kept) for patch, count in hits.items() if count},
-        "tokens": [list(output.outputs[0].token_ids) for output in free],
-    }
+    torch.save(torch.cat(kept.kept), Path(spec["out"]) / f"{spec['name']}-{name}.pt")
+    return {"steps": len(kept.kept), "hits": {patch: count for patch, count in hits.items() if count}}
+
+
+def verify(llm: Any, spec: dict[str, Any], case: str) -> dict[str, Any]:
+    """Logits of every step of forced decoding (saved), hits, and tokens of free greedy decoding."""
+    from vllm import SamplingParams
+
+    vocabulary = spec["vocabulary"]
+    tokens = [random.Random(7).randrange(vocabulary) for _ in range(FORCED)]
+    llm.reset_prefix_cache()
+    if case == "mixed":
+
+        def mixed(greedy: dict[str, Any]) -> None:
+            run_mixed(llm, vocabulary, SamplingParams(max_tokens=24, **greedy))
+
+        return forced(llm, spec, case, mixed, tokens)
+    steps, batch = (LONG if has_gpu() else FORCED, 1) if case == "long" else (FORCED, int(case))
+    prompts = random_prompts(batch, vocabulary, seed=batch)
+
+    def run(greedy: dict[str, Any]) -> None:
+        llm.generate(prompts, SamplingParams(max_tokens=steps + 1, **greedy), use_tqdm=False)
+
+    if case == "long":
+        run({"ignore_eos": True, "detokenize": False})  # fills the cache
+    found = forced(llm, spec, case, run, tokens)
+    llm.reset_prefix_cache()
+    greedy = SamplingParams(max_tokens=GREEDY, temperature=0.0, ignore_eos=True, detokenize=False)
+    free = llm.generate(prompts, greedy, use_tqdm=False)
+    return {**found, "tokens": [list(output.outputs[0].token_ids) for output in free]}
+
+
+def run_mixed(llm: Any, vocabulary: int, params: Any) -> None:
+    """One request more every few steps, prefilled in pieces while the others decode."""
+    engine = llm.llm_engine
+    config = engine.engine_core.engine_core.scheduler.scheduler_config
+    before, config.long_prefill_token_threshold = config.long_prefill_token_threshold, PIECE
+    try:
+        for number, length in enumerate(MIXED):
+            (prompt,) = random_prompts(1, vocabulary, seed=100 + number, length=length)
+            engine.add_request(f"mixed-{number}", prompt, params)
+            for _ in range(3):
+                engine.step()
+        while engine.has_unfinished_requests():
+            engine.step()
+    finally:
+        config.long_prefill_token_threshold = before
 
 
 def decode_ms(llm: Any, spec: dict[str, Any], batch: int) -> list[float]:
     """Milliseconds of each timed step: `batch` requests decode together from the first step on."""
     from vllm import SamplingParams
 
+    llm.reset_prefix_cache()
     wanted = WARMUP + spec["steps"] + 2
     params = SamplingParams(max_tokens=wanted, ignore_eos=True, detokenize=False, **TIMED)
     engine = llm.llm_engine
@@ -317,19 +379,34 @@ def decode_ms(llm: Any, spec: dict[str, Any], batch: int) -> list[float]:
     return times[WARMUP : WARMUP + spec["steps"]]
 
 
-def in_turns(llm: Any, spec: dict[str, Any], batch: int) -> dict[str, list[float]]:
-    """Median milliseconds of a step of each burst, with the patches and without, which of them first by turns."""
+def prefill_ms(llm: Any, spec: dict[str, Any], length: int) -> list[float]:
+    """Milliseconds from a prompt of so many tokens to its first token, several times."""
+    from vllm import SamplingParams
+
+    params = SamplingParams(max_tokens=1, ignore_eos=True, detokenize=False, **TIMED)
+    times = []
+    for number in range(PREFILLS):
+        llm.reset_prefix_cache()
+        (prompt,) = random_prompts(1, spec["vocabulary"], seed=2000 + number, length=length)
+        begin = time.perf_counter()
+        llm.generate([prompt], params, use_tqdm=False)
+        times.append((time.perf_counter() - begin) * 1e3)
+    return times
+
+
+def in_turns(burst: Callable[[], list[float]], turns: int) -> dict[str, list[float]]:
+    """Median milliseconds of each burst, with the patches and without, which of them first by turns."""
     import vllm_gems
 
     times: dict[str, list[float]] = {"ours": [], "stock": []}
-    decode_ms(llm, spec, batch)  # the first burst of a batch size is slower
-    for turn in range(spec["turns"]):
+    burst()  # the first is slower
+    for turn in range(turns):
         for side in ("ours", "stock") if turn % 2 else ("stock", "ours"):
             if side == "ours":
                 vllm_gems.apply_gems_patches_to_vllm()
             else:
                 vllm_gems.remove_gems_patches_from_vllm()
-            times[side].append(round(statistics.median(decode_ms(llm, spec, batch)), 3))
+            times[side].append(round(statistics.median(burst()), 3))
     vllm_gems.apply_gems_patches_to_vllm()
     return times
 
@@ -346,18 +423,23 @@ def child(spec: dict[str, Any]) -> None:
     startup = time.time() - spec["started"]
     print(f"engine started after {startup:.1f} s", flush=True)
     result: dict[str, Any] = {"startup": startup, "attention": attention_backend(llm), "verified": {}, "ms": {}}
-    for batch in spec["verify"]:
-        result["verified"][batch] = verify(llm, spec, batch)
-        print(f"batch {batch} decoded for comparison", flush=True)
+    for case in spec["verify"]:
+        result["verified"][case] = verify(llm, spec, case)
+        print(f"{case} decoded for comparison", flush=True)
     for batch in spec["batches"] if spec["timed"] else ():
         result["ms"][batch] = decode_ms(llm, spec, batch)
         print(f"batch {batch}: {statistics.median(result['ms'][batch]):.2f} ms per step", flush=True)
     found = own_report()
     result["report"] = found.to_json() if found else None
-    result["turns"] = {}
-    for batch in spec["batches"] if spec.get("turns") else ():
-        result["turns"][batch] = turns = in_turns(llm, spec, batch)
-        print(f"batch {batch}: {turns}", flush=True)
+    result["turns"], result["prefill_turns"] = {}, {}
+    if spec.get("turns"):
+        for batch in spec["batches"]:
+            result["turns"][batch] = turns = in_turns(functools.partial(decode_ms, llm, spec, batch), spec["turns"])
+            print(f"batch {batch}: {turns}", flush=True)
+        for length in spec["prefill"]:
+            burst = functools.partial(prefill_ms, llm, spec, length)
+            result["prefill_turns"][length] = turns = in_turns(burst, spec["turns"])
+            print(f"prefill {length}: {turns}", flush=True)
     (Path(spec["out"]) / f"{spec['name']}.json").write_text(json.dumps(result))
 
 
@@ -365,9 +447,9 @@ def child(spec: dict[str, Any]) -> None:
 
 
 def distance(ours: torch.Tensor, reference: torch.Tensor) -> dict[str, float]:
-    """How far logits [steps, batch, vocabulary] are from others."""
+    """How far logits [steps and requests, vocabulary] are from others."""
     square, norm, worst, cosine, same = 0.0, 0.0, 0.0, 1.0, 0
-    for left, right in zip(ours, reference, strict=True):
+    for left, right in zip(ours.split(32), reference.split(32), strict=True):
         a, b = left.double(), right.double()
         square += float((a - b).square().sum())
         norm += float(b.square().sum())
@@ -378,7 +460,7 @@ def distance(ours: torch.Tensor, reference: torch.Tensor) -> dict[str, float]:
         "relative_frobenius": (square / norm) ** 0.5,
         "max_abs": worst,
         "min_cosine": cosine,
-        "same_argmax": same / (ours.shape[0] * ours.shape[1]),
+        "same_argmax": same / ours.shape[0],
     }
 
 
@@ -392,23 +474,25 @@ def agreement(ours: Iterable[Sequence[int]], others: Iterable[Sequence[int]]) ->
     }
 
 
-def compare(out: Path, mode: str, batch: int, results: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Logits and tokens of ours, stock and float32 at one batch size."""
+def compare(out: Path, mode: str, case: str, results: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Logits and tokens of ours, stock and float32 in one case."""
     stock, ours = (f"{side.name}-0" for side in sides_of(mode))
     reference = REFERENCE.name if REFERENCE.name in results else None
-    logits = {name: torch.load(out / f"{name}-{batch}.pt") for name in (stock, ours, reference) if name}
-    tokens = {name: results[name]["verified"][str(batch)]["tokens"] for name in logits}
+    logits = {name: torch.load(out / f"{name}-{case}.pt") for name in (stock, ours, reference) if name}
+    tokens = {name: results[name]["verified"][case].get("tokens", []) for name in logits}
     found: dict[str, Any] = {
         "mode": mode,
-        "batch": batch,
-        "steps": logits[stock].shape[0],
+        "case": case,
+        "rows": logits[stock].shape[0],
         "ours_to_stock": distance(logits[ours], logits[stock]),
-        "tokens_ours_to_stock": agreement(tokens[ours], tokens[stock]),
     }
+    if tokens[ours]:
+        found["tokens_ours_to_stock"] = agreement(tokens[ours], tokens[stock])
     if reference:
         found["ours_to_float32"] = distance(logits[ours], logits[reference])
         found["stock_to_float32"] = distance(logits[stock], logits[reference])
-        found["tokens_stock_to_float32"] = agreement(tokens[stock], tokens[reference])
+        if tokens[ours]:
+            found["tokens_stock_to_float32"] = agreement(tokens[stock], tokens[reference])
         errors = [found[f"{side}_to_float32"]["relative_frobenius"] for side in ("ours", "stock")]
         found["error_ratio"] = errors[0] / errors[1]
         found["within_bf16_rounding"] = found["error_ratio"] <= LIMIT
@@ -442,12 +526,13 @@ def run_all(args: argparse.Namespace, model: Model, out: Path) -> dict[str, dict
     folder = out / "model"
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(model.config))
-    verify_at = [batch for batch in (1, 32) if batch <= max(args.batches)]
+    verify_at = [*(str(batch) for batch in (1, 32) if batch <= max(args.batches)), "long", "mixed"]
     spec = {
         "model": str(folder),
         "vocabulary": model.config["vocab_size"],
         "batches": args.batches,
         "steps": args.steps,
+        "prefill": args.prefill,
     }
     results = {}
     for turn in range(args.rounds):
@@ -458,8 +543,11 @@ def run_all(args: argparse.Namespace, model: Model, out: Path) -> dict[str, dict
                 each = {**spec, "timed": not by_turns, "verify": verify_at if turn == 0 else []}
                 each["turns"] = args.turns if by_turns and side.gems and turn == 0 else 0
                 results[name] = run_child(side, name, each, out)
+    if args.against_compiled:
+        side = sides_of("compiled")[0]
+        results[f"{side.name}-0"] = run_child(side, f"{side.name}-0", {**spec, "timed": True, "verify": []}, out)
     if args.reference:
-        each = {**spec, "timed": False, "verify": verify_at, "batches": verify_at}
+        each = {**spec, "timed": False, "verify": verify_at, "batches": [1, 32], "prefill": []}
         try:
             results[REFERENCE.name] = run_child(REFERENCE, REFERENCE.name, each, out)
         except ChildError as error:  # what was timed is worth keeping; the record says what is missing
@@ -485,8 +573,8 @@ def rows_of(
             else:
                 stock, ours = (medians(results, side, batch) for side in sides_of(mode))
             against = {"stock": round(statistics.median(stock), 3)}
-            if mode == "eager" and "compiled" in modes:
-                compiled = medians(results, sides_of("compiled")[0], batch)
+            compiled = medians(results, sides_of("compiled")[0], batch)
+            if mode == "eager" and compiled:
                 against["stock_compiled"] = round(statistics.median(compiled), 3)
             rows.append(
                 {
@@ -497,41 +585,51 @@ def rows_of(
                     "turns": {"ours": ours, "stock": stock},
                 }
             )
+        for length, turns in results[f"{sides_of(mode)[1].name}-0"]["prefill_turns"].items():
+            rows.append(
+                {
+                    "case": {"model": model.title, "mode": mode, "batch": 1, "prefill": int(length)},
+                    "unit": "ms",
+                    "ours": round(statistics.median(turns["ours"]), 3),
+                    "against": {"stock": round(statistics.median(turns["stock"]), 3)},
+                    "turns": turns,
+                }
+            )
     return rows
 
 
-def hits_of(results: dict[str, dict[str, Any]], mode: str) -> dict[str, dict[str, float]]:
-    """Hits per forward pass, by batch size."""
+def hits_of(results: dict[str, dict[str, Any]], mode: str) -> dict[str, dict[str, Any]]:
+    """Steps and hits, by case."""
     verified = results[f"{sides_of(mode)[1].name}-0"]["verified"]
-    return {batch: each["hits_per_forward"] for batch, each in verified.items()}
+    return {case: {"steps": each["steps"], "hits": each["hits"]} for case, each in verified.items()}
 
 
-def wrong_hits(expected: dict[str, int], found: dict[str, dict[str, float]]) -> list[str]:
-    """Patches that did not answer exactly as often as the model has layers for them."""
+def wrong_hits(model: Model, found: dict[str, dict[str, Any]]) -> list[str]:
+    """Patches that did not answer exactly as often as the model has layers for them, in batches of known make-up."""
     return [
-        f"batch {batch}: {patch} answered {hits.get(patch, 0):g} times a forward pass, expected {count}"
-        for batch, hits in found.items()
-        for patch, count in expected.items()
-        if hits.get(patch, 0) != count
+        f"case {case}: {patch} answered {each['hits'].get(patch, 0)} times in {each['steps']} steps, expected {count}"
+        for case, each in found.items()
+        if case != "mixed"
+        for patch, count in model.expected(each["steps"] - 1, model.decoder in each["hits"]).items()
+        if each["hits"].get(patch, 0) != count
     ]
 
 
 def wrong_logits(accuracy: list[dict[str, Any]]) -> list[str]:
     """Batch sizes at which more than bfloat16's rounding separates us from float32."""
     return [
-        f"{each['mode']}, batch {each['batch']}: our logits' error is {each['error_ratio']:.3f} times stock's"
+        f"{each['mode']}, {each['case']}: our logits' error is {each['error_ratio']:.3f} times stock's"
         for each in accuracy
         if not each.get("within_bf16_rounding", True)
     ]
 
 
-def startups(results: dict[str, dict[str, Any]], modes: Sequence[str]) -> dict[str, float]:
+def startups(results: dict[str, dict[str, Any]]) -> dict[str, float]:
     """Seconds from the start of the process to a ready engine, the least of each side."""
-    found = {}
-    for side in (side for mode in modes for side in sides_of(mode)):
-        of_side = [result["startup"] for name, result in results.items() if name.rpartition("-")[0] == side.name]
-        found[side.name] = round(min(of_side), 1)
-    return found
+    found: dict[str, list[float]] = {}
+    for name, result in results.items():
+        found.setdefault(name.rpartition("-")[0] or name, []).append(result["startup"])
+    return {side: round(min(seconds), 1) for side, seconds in found.items()}
 
 
 def report_of(results: dict[str, dict[str, Any]], mode: str) -> list[dict[str, Any]]:
@@ -545,13 +643,13 @@ def tell(rows: list[dict[str, Any]], accuracy: list[dict[str, Any]]) -> None:
     for row in rows:
         ratio = row["ours"] / row["against"]["stock"]
         case = ", ".join(str(value) for value in row["case"].values())
-        print(f"{case}: {row['ours']:.2f} ms/step, {row['against']}, ratio {ratio:.3f}")
+        print(f"{case}: {row['ours']:.2f} {row['unit']}, {row['against']}, ratio {ratio:.3f}")
     for each in accuracy:
         keys = ("ours_to_stock", "ours_to_float32", "stock_to_float32")
         told = {key: each[key]["relative_frobenius"] for key in keys if key in each}
         errors = ", ".join(f"{key} {value:.2e}" for key, value in told.items())
         ratio = f"; ratio {each['error_ratio']:.3f}, limit {LIMIT}" if "error_ratio" in each else ""
-        print(f"{each['mode']}, batch {each['batch']}: relative Frobenius error of the logits {errors}{ratio}")
+        print(f"{each['mode']}, {each['case']}: relative Frobenius error of the logits {errors}{ratio}")
 
 
 def main() -> int:
@@ -568,14 +666,14 @@ def main() -> int:
             results = run_all(args, model, out)
         except ChildError as error:
             sys.exit(str(error))
-        verified = sorted(int(batch) for batch in next(iter(results.values()))["verified"])
-        accuracy = [compare(out, mode, batch, results) for mode in args.modes for batch in verified]
+        verified = list(next(iter(results.values()))["verified"])
+        accuracy = [compare(out, mode, case, results) for mode in args.modes for case in verified]
         if args.out:
             args.out.mkdir(parents=True, exist_ok=True)
             (args.out / "serve-processes.json").write_text(json.dumps(results))
     rows = rows_of(model, args.modes, args.batches, results)
     hits = {mode: hits_of(results, mode) for mode in args.modes}
-    problems = wrong_hits(model.expected(), hits["eager"]) if "eager" in args.modes else []
+    problems = wrong_hits(model, hits["eager"]) if "eager" in args.modes else []
     problems += wrong_logits(accuracy)
     if args.reference and REFERENCE.name not in results:
         problems.append("the float32 engine came to no result, so the logits were compared with stock's only")
@@ -587,9 +685,8 @@ def main() -> int:
             "attention": {name: result["attention"] for name, result in results.items()},
             "weights": "random, the same in every process",
         },
-        "startup_seconds": startups(results, args.modes),
-        "hits_per_forward": hits,
-        "expected_hits_per_forward": model.expected(),
+        "startup_seconds": startups(results),
+        "hits": hits,
         "logits": accuracy,
         "problems": problems,
         "report": {mode: report_of(results, mode) for mode in args.modes},
@@ -626,6 +723,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--modes", type=_modes, default=["eager"], help=f"of {', '.join(MODES)}")
     parser.add_argument("--rounds", type=int, default=1, help="processes of each side")
     parser.add_argument("--turns", type=int, default=8, help="bursts of each side in eager mode; 0: none")
+    parser.add_argument("--against-compiled", action="store_true", help="stock vLLM in its default mode, too")
+    parser.add_argument("--prefill", type=_numbers, default=[], help="time prefills of prompts of so many tokens, too")
     parser.add_argument("--no-reference", dest="reference", action="store_false", help="no comparison with float32")
     parser.add_argument("--out", type=Path, help="a folder for what every process found")
     parser.add_argument("--record", metavar="NAME", help="write benchmarks/results/<gpu>/NAME.json, a copy to --out")

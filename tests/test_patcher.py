@@ -390,6 +390,79 @@ def test_layers_that_chose_native_are_asleep() -> None:
     in_child(check)
 
 
+def test_what_dynamo_passes_by_is_asleep(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A replacement for eager mode says so where vLLM compiles a model, until it was called all the same."""
+
+    def check() -> None:
+        module = importlib.import_module(MODULE)
+        patcher = toy.patcher(toy.patch("toy.module", "module", toy.adapt_module))
+        patcher.apply(Policy())
+        model = module.Model()
+        assert states(patcher) == {"toy.module": "bound"}
+        model.do_not_compile = False
+        (row,) = patcher.rows()
+        assert row.state is State.ASLEEP
+        assert row.why == "vLLM compiles Model; enforce_eager=True wakes it"
+        assert module.Block()(1) == ("ours", 1)
+        assert states(patcher) == {"toy.module": "bound"}
+        del model
+
+    monkeypatch.setattr(seams, "COMPILED_MODEL", f"{MODULE}:Model")
+    in_child(check)
+
+
+def test_modules_are_settled_once_and_given_back() -> None:
+    def check() -> None:
+        module = importlib.import_module(MODULE)
+        patcher = toy.patcher(toy.patch("toy.module", "module", toy.adapt_module))
+        block, proud, refused = module.Block(), module.Proud(), module.Block()
+        refused.refuse = "not for us"
+        patcher.apply(Policy())
+        site = patcher._order[0].site
+        assert site is not None
+        assert [block(1), block(2)] == [("ours", 1), ("ours", 2)]
+        assert site.hits == 2
+        # Declined for this call only, for ever, and because a subclass comes first.
+        assert block(-1) == ("stock", -1)
+        assert [refused(1), refused(2)] == [("stock", 1), ("stock", 2)]
+        assert proud(1) == ("proud", ("stock", 1))
+        assert site.declined == {
+            "negative": 1,
+            "not for us": 2,
+            "Proud has a forward of its own, and calls this one": 1,
+        }
+        # What no longer holds is settled anew, by the call after the next.
+        settled = vars(block)["forward"]
+        assert block(0) == ("stock", 0)
+        assert "forward" not in vars(block)
+        assert block(3) == ("ours", 3)
+        assert vars(block)["forward"] is not settled
+        # A copy brings the call of its original along.
+        twin = copy.deepcopy(block)
+        assert twin(4) == ("ours", 4)
+        assert vars(twin)["forward"].__self__ is twin
+        patcher.undo()
+        assert not any("forward" in vars(each) for each in (block, twin, refused, proud))
+        assert block(1) == ("stock", 1)
+
+    in_child(check)
+
+
+def test_a_module_whose_call_raises_is_done_by_the_original() -> None:
+    def check() -> None:
+        module = importlib.import_module(MODULE)
+        patcher = toy.patcher(toy.patch("toy.module", "module", toy.adapt_module))
+        patcher.apply(Policy())
+        block = module.Block()
+        assert block(1) == ("ours", 1)
+        assert block("x") == ("stock", "x")
+        assert states(patcher) == {"toy.module": "failed"}
+        assert "forward" not in vars(block)
+        assert [block(1), module.Block()(2)] == [("stock", 1), ("stock", 2)]
+
+    in_child(check)
+
+
 def test_batch_invariance_and_a_missing_gpu_refuse_everything(monkeypatch: pytest.MonkeyPatch) -> None:
     def check(word: str) -> None:
         importlib.import_module(MODULE)

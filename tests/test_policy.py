@@ -52,3 +52,13 @@ def test_every_variable_is_documented() -> None:
     readme = (ROOT / "README.md").read_text()
     for name in VARIABLES:
         assert f"`{name}`" in readme
+
+
+def test_default_in_the_include_list_adds_to_what_is_bound_anyway() -> None:
+    policy = Policy(include=("default", "decoder.*"), exclude=("op.*",))
+    assert policy.refuses("layernorm.rms_norm") is None
+    assert policy.refuses("decoder.llama", default=False) is None
+    assert policy.refuses("ir.rms_norm", default=False) == "not in the include list"
+    assert policy.refuses("op.rms_norm") == "excluded by 'op.*'"
+    assert policy.named("decoder.llama")
+    assert not policy.named("layernorm.rms_norm")

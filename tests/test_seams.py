@@ -8,6 +8,7 @@ from recorded_world import VERSIONS, RecordedWorld
 from vllm_gems.binders import BINDERS
 from vllm_gems.catalog import catalog
 from vllm_gems.nouns import Place, Seam
+from vllm_gems.seams import KV_CACHE_LAYOUTS, PARTS
 
 SEAMS = list(catalog().seams.values())
 
@@ -59,3 +60,23 @@ def test_a_drifted_release_is_refused(seam: Seam) -> None:
         for reason in verdicts(seam, world, platform):
             assert reason is not None
             assert "is now" in reason
+
+
+@pytest.mark.parametrize("role", PARTS)
+@pytest.mark.parametrize("version", VERSIONS)
+def test_every_part_of_a_decoder_layer_is_known(version: str, role: str) -> None:
+    """All that may play the role: a model whose parts are not known keeps its own layers."""
+    world = RecordedWorld.load(version)
+    for place in PARTS[role]:
+        assert BINDERS[place.kind].refuses(place, world, "cuda") is None
+
+
+def test_no_source_is_known_that_no_release_has() -> None:
+    worlds = [RecordedWorld.load(version) for version in VERSIONS]
+    for place in (place for alternatives in PARTS.values() for place in alternatives):
+        assert place.sources == {world.source_hash(place.module, place.name) for world in worlds}
+
+
+def test_every_way_of_writing_the_cache_has_its_layout() -> None:
+    (place,) = PARTS["cache write"]
+    assert place.sources == set(KV_CACHE_LAYOUTS)

@@ -13,10 +13,11 @@ import pluggy
 
 from vllm_gems import hookspecs
 from vllm_gems.catalog import Catalog
+from vllm_gems.errors import Refused, Unsettled
 from vllm_gems.hookspecs import hookimpl
 from vllm_gems.nouns import Kernel, Patch, Place, Seam
 from vllm_gems.patcher import Patcher
-from vllm_gems.sites import layer_method
+from vllm_gems.sites import layer_method, module_forward
 
 SOURCE = '''
 class CustomOp:
@@ -56,6 +57,27 @@ class Inheriting(CustomOp):
     pass
 
 
+class Block:
+    """Has a forward and no choice, as the modules of a model."""
+
+    refuse = ""
+
+    def __call__(self, *args):
+        return self.forward(*args)
+
+    def forward(self, x):
+        return ("stock", x)
+
+
+class Proud(Block):
+    def forward(self, x):
+        return ("proud", super().forward(x))
+
+
+class Model:
+    do_not_compile = True
+
+
 def function(x, flag=False):
     return ("stock", x)
 '''
@@ -77,6 +99,23 @@ def adapt_layer(original: Any, site: Any) -> Any:
     return layer_method(original, site, bind, bind)
 
 
+def adapt_module(original: Any, site: Any) -> Any:
+    def settle(module: Any, *args: Any) -> Any:
+        if module.refuse:
+            raise Refused(module.refuse)
+
+        def call(x: Any) -> Any:
+            if x < 0:
+                raise Refused("negative")
+            if x == 0:
+                raise Unsettled("zero")
+            return ("ours", x)
+
+        return call
+
+    return module_forward(original, site, settle)
+
+
 def adapt_function(original: Any, site: Any) -> Any:
     def function(x: Any, flag: bool = False) -> Any:
         site.hits += 1
@@ -91,6 +130,7 @@ def place(name: str, *expects: str, kind: str = "attribute", **more: Any) -> Pla
 
 SEAMS = (
     Seam("layer", (place("Layer.forward_cpu", "(self, x, scale=1)"),), layer="toy_vllm.layers:Layer"),
+    Seam("module", (place("Block.forward", "(self, x)"),), layer="toy_vllm.layers:Block", eager_only=True),
     Seam("inheriting", (place("Inheriting.forward_cpu", "(self, *args, **kwargs)"),)),
     Seam("function", (place("function", "(x, flag=False)"),)),
     Seam("moved", (place("gone", "(x)"), place("function", "(x, flag=False)"))),

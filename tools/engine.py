@@ -2,7 +2,8 @@
 
     python tools/engine.py SPEC.json RESULT.json
 
-SPEC is `{"jobs": [JOB, ...], "watch": false}`; the fields of a job are those of `Job`. RESULT has, for each job by its
+SPEC is `{"jobs": [JOB, ...], "watch": false, "flash": false}`; the fields of a job are those of `Job`, and "flash" asks
+for vLLM's FlashAttention backend on a CPU (`flash_on_cpu`). RESULT has, for each job by its
 name, "dtype", "tokens", "texts", "scores", "hits" (by patch) and "seconds"; and of the process at its end the plugin's
 "report" and the same as a "table" (null and empty if it is off), the "modules" of the plugin that were imported, and
 if SPEC asks to "watch", which methods of vLLM's layers have "changed".
@@ -25,6 +26,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import flash_on_cpu
 from setup_env import has_gpu  # a neighbour of this file; by the driver's tool, since vLLM must be first to touch CUDA
 
 # vLLM kills processes that do not end within 5 seconds, and a report is the last thing that a process writes.
@@ -210,6 +212,8 @@ def main() -> None:
     dtype = "bfloat16" if has_gpu() else "float32"
     jobs = [Job(**{"dtype": dtype, **fields}) for fields in spec["jobs"]]
     prepare(max(job.options.get("tensor_parallel_size", 1) for job in jobs))
+    if spec.get("flash"):
+        flash_on_cpu.install()
     watched = layers_of_vllm() if spec.get("watch") else set()
     before = methods(watched)
     results: dict[str, Any] = {}

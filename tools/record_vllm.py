@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_gems import probes
-from vllm_gems.seams import SEAMS
+from vllm_gems.seams import PARTS, SEAMS
 
 RECORDED = Path(__file__).resolve().parent.parent / "tests" / "recorded"
 
@@ -168,6 +168,7 @@ def record_ops(ops_of: OpsOf, wanted: Iterable[str]) -> dict[str, list[str]]:
 def record(version: str, root: Root, schemas: Path | None) -> None:
     """Write the record of one release."""
     places = [place for seam in SEAMS.values() for place in seam.places]
+    places += [place for alternatives in PARTS.values() for place in alternatives]
     ops_of = ops_in_file(schemas) if schemas else cache(lambda library: ops_in_binary(root, library))
     content = {
         "version": version,

@@ -16,7 +16,7 @@ from typing import Any
 
 from . import probes
 from .nouns import Place
-from .sites import reseat
+from .sites import reseat, unseat
 from .worlds import World
 
 Undo = Callable[[], None]
@@ -108,7 +108,10 @@ def _subclasses(cls: type) -> Iterable[type]:
 
 
 def _reseat(owner: Any, before: Any, after: Any) -> None:
-    """Instances of vLLM's CustomOp keep the method that they chose at birth; those that chose `before` get `after`."""
+    """Instances of vLLM's CustomOp keep the method that they chose at birth; those that chose `before` get `after`.
+
+    Other modules lose the settled call that was put over their class's method.
+    """
     if not isinstance(owner, type):
         return
     site = getattr(before, "__vllm_gems__", None)
@@ -117,6 +120,8 @@ def _reseat(owner: Any, before: Any, after: Any) -> None:
         ours = site is not None and getattr(slot, "__vllm_gems__", None) is site
         if ours or getattr(slot, "__func__", None) is before:
             reseat(obj, MethodType(after, obj))
+        elif site is not None and slot is None and hasattr(obj, "__dict__"):
+            unseat(obj, site)
 
 
 class OpBinder:

@@ -35,9 +35,9 @@ class _BuiltIn:
 
     @hookimpl
     def vllm_gems_patches(self) -> Iterable[Patch]:
-        from .patches import activation, layernorm, rotary
+        from .patches import activation, attention, decoder, layernorm, rotary
 
-        return [patch for module in (layernorm, rotary, activation) for patch in module.PATCHES]
+        return [patch for module in (layernorm, rotary, activation, attention, decoder) for patch in module.PATCHES]
 
 
 class Catalog:

@@ -11,6 +11,10 @@ class Refused(GemsError, ValueError):
     """A kernel does not do this case. In a patch the original does it, and the report counts the reason."""
 
 
+class Unsettled(Refused):
+    """What was settled for a layer no longer holds; the original does this call, and the next one settles anew."""
+
+
 class DriftError(GemsError):
     """A place in vLLM is not what we know how to replace."""
 

@@ -96,6 +96,8 @@ class Seam:
     places: tuple[Place, ...]
     # "module:Class" whose instances choose at birth whether they call this place at all.
     layer: str = ""
+    # The replacement sleeps in models that vLLM compiles: Dynamo traces the original.
+    eager_only: bool = False
 
 
 @dataclass(frozen=True)
@@ -123,6 +125,7 @@ class Row:
     hits: int = 0
     declined: Mapping[str, int] = field(default_factory=dict)  # reason -> calls that went to the original
     errors: int = 0
+    by_layer: Mapping[str, int] = field(default_factory=dict)  # hits of each layer, where a patch tells them apart
     replaced: str = ""  # what stood there before, as it calls itself
     wanted: bool = False  # asked for by name
     speedup: float | None = None  # vLLM's time over ours, measured on this GPU

@@ -95,7 +95,10 @@ class Patcher:
     def rows(self) -> tuple[Row, ...]:
         """The state of every patch now, in the catalog's order."""
         with self._lock:
-            classes = {cls for entry in self._order if isinstance(cls := _layer_of(entry), type)}
+            addresses = {entry.seam.layer for entry in self._order}
+            if any(entry.seam.eager_only for entry in self._order):
+                addresses.add(seams.COMPILED_MODEL)
+            classes = {cls for address in addresses if isinstance(cls := _class_at(address), type)}
             layers = instances(*classes) if classes else []
             entries = [self._entries[name] for name in self.catalog.patches if name in self._entries]
             return tuple(self._row(entry, layers) for entry in entries)
@@ -224,6 +227,7 @@ class Patcher:
             hits=hits,
             declined=dict(site.declined) if site else {},
             errors=site.errors if site else 0,
+            by_layer=dict(site.by_layer) if site else {},
             replaced=entry.bound.replaced if entry.bound else "",
             wanted=entry.wanted,
         )
@@ -233,13 +237,16 @@ class Patcher:
         assert entry.place is not None
         if entry.place.kind == "ir":
             return State.ASLEEP, f"not chosen; --ir-op-priority.{entry.place.name}=vllm_gems,native chooses it"
+        compiled = {type(layer).__name__ for layer in layers if vars(layer).get("do_not_compile") is False}
+        if entry.seam.eager_only and compiled:
+            return State.ASLEEP, f"vLLM compiles {', '.join(sorted(compiled))}; enforce_eager=True wakes it"
         if not entry.seam.layer:
             return State.BOUND, ""
         for other in self._order:
             same = other.seam.layer == entry.seam.layer and other is not entry
             if same and other.place is not None and other.place.kind == "attribute" and entry.place.kind == "op":
                 return State.BOUND, f"{other.patch.name} answers first"
-        cls = _layer_of(entry)
+        cls = _class_at(entry.seam.layer)
         chosen = [_chose_native(layer) for layer in layers if isinstance(cls, type) and issubclass(type(layer), cls)]
         if chosen and all(chosen):
             name = getattr(cls, "name", cls.__name__)
@@ -247,9 +254,9 @@ class Patcher:
         return State.BOUND, ""
 
 
-def _layer_of(entry: _Entry) -> Any:
-    """The class whose instances call this entry's place, if it is imported."""
-    return find(*entry.seam.layer.split(":")) if entry.seam.layer else None
+def _class_at(address: str) -> Any:
+    """The class at "module:Class", if it is imported."""
+    return find(*address.split(":")) if address else None
 
 
 def _chose_native(layer: Any) -> bool:

@@ -10,7 +10,10 @@ from fnmatch import fnmatchcase
 # name -> (default, meaning): the documentation, the CLI and vLLM's compile-cache key iterate this table.
 VARIABLES: dict[str, tuple[str, str]] = {
     "VLLM_GEMS": ("1", "0 switches the plugin off: vLLM is left exactly as it is"),
-    "VLLM_GEMS_INCLUDE": ("", "comma-separated names or globs; only these patches are bound"),
+    "VLLM_GEMS_INCLUDE": (
+        "",
+        "comma-separated names or globs; only these patches are bound (`default`: those that are without it)",
+    ),
     "VLLM_GEMS_EXCLUDE": ("", "comma-separated names or globs; these patches are not bound"),
     "VLLM_GEMS_STRICT": ("0", "1 turns a refused or failing patch into an error instead of a fallback"),
     "VLLM_GEMS_VERBOSE": ("0", "1 prints the report when vLLM has loaded the plugin and when a process ends"),
@@ -83,8 +86,8 @@ class Policy:
         for glob in self.exclude:
             if fnmatchcase(name, glob):
                 return f"excluded by {glob!r}"
-        if self.include:
-            return None if any(fnmatchcase(name, glob) for glob in self.include) else "not in the include list"
+        if self.include and not (default and "default" in self.include):
+            return None if self.named(name) else "not in the include list"
         return None if default else "off by default; include it by name"
 
     def named(self, name: str) -> bool:

@@ -9,6 +9,8 @@ from typing import Any
 from .nouns import Place, Seam
 
 _LAYERS = "vllm.model_executor.layers"
+# What vLLM makes of the model classes that it may compile; an instance says by `do_not_compile` whether it is.
+COMPILED_MODEL = "vllm.compilation.wrapper:TorchCompileWithNoGuardsWrapper"
 # Importing this module loads the extension libraries that register vLLM's ops.
 _OPS = "vllm._custom_ops"
 
@@ -32,6 +34,28 @@ def _op(name: str, *schemas: str, since: str = "0.17.1", layer: str = "") -> Sea
     return Seam(f"op.{name}", (place,), f"{_LAYERS}.{layer}" if layer else "")
 
 
+def _decoder(name: str, cls: str) -> Seam:
+    """A decoder layer, replaced as a whole: the same twelve lines in every dense model and release."""
+    module = f"vllm.model_executor.models.{name}"
+    place = Place(
+        "attribute", module, f"{cls}.forward", ("(self, positions, hidden_states, residual)",), "0.17.1-0.33",
+        sources=frozenset({"b1136578122e0f6e"}),
+    )  # fmt: skip
+    return Seam(f"layer.{name}_decoder_layer", (place,), layer=f"{module}:{cls}", eager_only=True)
+
+
+def _part(module: str, name: str, signatures: tuple[str, ...], *sources: str) -> Place:
+    return Place("attribute", f"vllm.{module}", name, signatures, "0.17.1-0.33", sources=frozenset(sources))
+
+
+_ATTENTION = _part(
+    "model_executor.layers.attention.attention", "Attention.forward",
+    (
+        "(self, query, key, value, output_shape=None, output_dtype=None)",
+        "(self, query, key, value, output_shape=None)",  # until 0.24
+    ),
+    "298ed384fbf6b699", "dc655e0091a1bb97", "d0f71f1b2f041a72", "f45f328b67ab8f7d", "edef316f2418435d",
+)  # fmt: skip
 _ROTARY = "(self, positions, query, key=None)"
 _ROTARY_OFFSETS = "(self, positions, query, key=None, offsets=None)"
 _GATED = "(Tensor!, Tensor) -> ()"
@@ -97,6 +121,10 @@ _ALL = (
         since="0.20.2",
         layer="activation:SiluAndMulWithClamp",
     ),
+    _decoder("qwen2", "Qwen2DecoderLayer"),
+    _decoder("qwen3", "Qwen3DecoderLayer"),
+    _decoder("llama", "LlamaDecoderLayer"),
+    Seam("layer.attention", (_ATTENTION,), layer=f"{_ATTENTION.module}:Attention", eager_only=True),
     # vLLM IR existed from 0.20 to 0.33. Its ops take providers, of which the user chooses.
     Seam(
         "ir.rms_norm",
@@ -125,6 +153,75 @@ _ALL = (
 )
 
 SEAMS: dict[str, Seam] = {seam.name: seam for seam in _ALL}
+
+
+_FORWARD = ("(self, positions, hidden_states)",)
+_LINEAR = ("(self, input_)",)
+
+# What a replacement of a whole decoder layer repeats besides the layer's own method: role -> the methods that may play
+# it, each with the sources it was written against.
+PARTS: dict[str, tuple[Place, ...]] = {
+    "attention": (
+        _part("model_executor.models.qwen2", "Qwen2Attention.forward", _FORWARD, "ff7a252677f1fd68"),
+        _part("model_executor.models.qwen3", "Qwen3Attention.forward", _FORWARD, "4f8ff102c0ac33f3"),
+        _part("model_executor.models.llama", "LlamaAttention.forward", _FORWARD, "4e2c69360faaa9d3"),
+    ),
+    "mlp": (
+        _part("model_executor.models.qwen2", "Qwen2MLP.forward", ("(self, x)",), "ed8f76673b96ed75"),
+        # From 0.32 on the activation may quantise for the layer after it, if that is quantised.
+        _part(
+            "model_executor.models.llama", "LlamaMLP.forward", ("(self, x)",),
+            "fac73f565ecc23b4", "372698f456c565a1",
+        ),
+    ),
+    "column": (
+        _part(
+            "model_executor.layers.linear", "ColumnParallelLinear.forward", _LINEAR,
+            "6b30057e7c45e5b3", "d6b54c3cabd94b60",
+        ),
+    ),
+    "row": (
+        _part(
+            "model_executor.layers.linear", "RowParallelLinear.forward", _LINEAR,
+            "a92da0b7baa06838", "f191e90f7317215a", "6d129f93bbc9ce6e",
+        ),
+    ),
+    "linear method": (
+        _part(
+            "model_executor.layers.linear", "UnquantizedLinearMethod.apply", ("(self, layer, x, bias=None)",),
+            "ddcebaec46fff786", "31b95f60b2627c55", "bff62d93bf9afb0d", "311be6e7f0e867db",
+        ),
+    ),
+    "attention layer": (_ATTENTION,),
+    "attention implementation": (
+        _part(
+            "v1.attention.backends.flash_attn", "FlashAttentionImpl.forward",
+            (
+                "(self, layer, query, key, value, kv_cache, attn_metadata, output, output_scale=None, "
+                "output_block_scale=None)",
+                "(self, layer, query, key, value, kv_cache, attn_metadata, output=None, output_scale=None, "
+                "output_block_scale=None)",  # until 0.17
+            ),
+            "14197e1ebb204d73", "9c8958fbdbf2cfeb", "b1186d22fb3441d5", "bf43cc403ef97a8a", "df1de8d4e28bad6e",
+            "a1fea64751ea1b3e",
+        ),
+    ),
+    "cache write": (
+        _part(
+            "v1.attention.backends.flash_attn", "FlashAttentionImpl.do_kv_cache_update",
+            ("(self, layer, key, value, kv_cache, slot_mapping)",),
+            "53c7db03eaad9705", "e3f2d43d1d2ad8f3", "48b628d73a9cc62b",
+        ),
+    ),
+}  # fmt: skip
+
+# By the source of the method that writes a layer's KV cache: (cache, head_size) -> key and value cache, each
+# [num_blocks, block_size, num_kv_heads, head_size].
+KV_CACHE_LAYOUTS: dict[str, Callable[[Any, int], Any]] = {
+    "53c7db03eaad9705": lambda cache, head_size: cache.unbind(0),
+    "e3f2d43d1d2ad8f3": lambda cache, head_size: cache.unbind(1),
+    "48b628d73a9cc62b": lambda cache, head_size: cache.transpose(1, 2).split(head_size, dim=-1),
+}
 
 
 def vllm_version() -> str:

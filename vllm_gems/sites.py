@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from .errors import Refused
+from .errors import Refused, Unsettled
 
 logger = logging.getLogger("vllm_gems")
 
@@ -25,7 +25,9 @@ is_tracing = torch.compiler.is_dynamo_compiling
 class Site:
     """Counters of one bound patch, and what to do when our side raises."""
 
-    __slots__ = ("declined", "errors", "failure", "hits", "kernels", "name", "on_failure", "rank", "strict")
+    __slots__ = (
+        "by_layer", "declined", "errors", "failure", "hits", "kernels", "name", "on_failure", "rank", "strict",
+    )  # fmt: skip
 
     def __init__(self, name: str, kernels: tuple[str, ...] = (), strict: bool = False) -> None:
         self.name = name
@@ -36,6 +38,7 @@ class Site:
         self.rank = ""  # in torch.distributed, while it was up: it is down again when a process tells what it did
         self.failure = ""
         self.declined: dict[str, int] = {}
+        self.by_layer: dict[str, int] = {}  # hits of each layer, where the patch tells them apart
         self.on_failure: Callable[[], None] | None = None  # puts the original back
 
     def decline(self, reason: object) -> None:
@@ -62,6 +65,7 @@ class Site:
         """Forget the counts, as a forked child must."""
         self.hits = self.errors = 0
         self.declined = {}
+        self.by_layer.clear()  # layers hold it
 
 
 def layer_method(
@@ -99,6 +103,88 @@ def layer_method(
 
     forward.__vllm_gems__ = site  # type: ignore[attr-defined]
     return forward
+
+
+def module_forward(
+    original: Callable[..., Any],
+    site: Site,
+    settle: Callable[..., Callable[..., Any]],
+) -> Callable[..., Any]:
+    """A replacement for the `forward` of a torch.nn.Module that vLLM builds models of; Dynamo traces the original.
+
+    settle(module, *args) -> call(*args): what the module knows for ever; raises Refused for a module that is not for
+    us. The first call puts the settled call over the instance's `forward`, which is what its `__call__` calls.
+    """
+
+    @functools.wraps(original)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if is_tracing():
+            return original(self, *args, **kwargs)
+        if type(self).forward is not forward:
+            site.decline(f"{type(self).__name__} has a forward of its own, and calls this one")
+            return original(self, *args, **kwargs)
+        try:
+            call = settle(self, *args, **kwargs)
+        except Refused as refusal:
+            call = _declining(original, self, site, str(refusal))
+        except Exception as error:
+            site.fail(error)
+            return original(self, *args, **kwargs)
+        else:
+            call = _guarded(original, self, site, call)
+        site.rank = site.rank or distributed_rank()
+        call.__vllm_gems__ = site  # type: ignore[attr-defined]
+        call.__name__ = original.__name__  # by which a bound method is pickled
+        self.forward = MethodType(call, self)
+        return self.forward(*args, **kwargs)
+
+    forward.__vllm_gems__ = site  # type: ignore[attr-defined]
+    return forward
+
+
+def _declining(original: Callable[..., Any], module: Any, site: Site, reason: str) -> Callable[..., Any]:
+    def declined(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self is not module:
+            return _as_copy(self, *args, **kwargs)
+        if not is_tracing():
+            site.decline(reason)
+        return original(module, *args, **kwargs)
+
+    return declined
+
+
+def _guarded(original: Callable[..., Any], module: Any, site: Site, call: Callable[..., Any]) -> Callable[..., Any]:
+    def settled(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self is not module:
+            return _as_copy(self, *args, **kwargs)
+        if is_tracing():
+            return original(module, *args, **kwargs)
+        try:
+            result = call(*args, **kwargs) if kwargs else call(*args)
+        except Refused as refusal:
+            site.decline(refusal)
+            if isinstance(refusal, Unsettled):
+                unseat(module, site)
+            return original(module, *args, **kwargs)
+        except Exception as error:
+            site.fail(error)
+            return original(module, *args, **kwargs)
+        site.hits += 1
+        return result
+
+    return settled
+
+
+def _as_copy(module: Any, *args: Any, **kwargs: Any) -> Any:
+    """A copy of a module brought its original's call with it, and is settled anew."""
+    del module.__dict__["forward"]
+    return module.forward(*args, **kwargs)
+
+
+def unseat(module: Any, site: Any) -> None:
+    """Have `module` call its class's `forward` again, if a settled call of `site` is over it."""
+    if getattr(module.__dict__.get("forward"), "__vllm_gems__", None) is site:
+        del module.__dict__["forward"]
 
 
 def distributed_rank() -> str:

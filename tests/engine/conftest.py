@@ -15,7 +15,19 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from engine_runs import MODELS, ROOT, Run, checked, jobs_of_all_models, one_job, referee_jobs, run_engine
+from engine_runs import (
+    DECODER,
+    MODELS,
+    ROOT,
+    Run,
+    checked,
+    decoder_jobs,
+    jobs_of_all_models,
+    llama_job,
+    one_job,
+    referee_jobs,
+    run_engine,
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -36,7 +48,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of the tiny checkpoints; made in a process of its own, to keep torch and transformers out of this."""
     folder = tmp_path_factory.mktemp("tiny")
-    command = [sys.executable, str(ROOT / "tools" / "tiny_models.py"), str(folder), *MODELS]
+    command = [sys.executable, str(ROOT / "tools" / "tiny_models.py"), str(folder), *MODELS, "llama"]
     checked(command, folder / "log", dict(os.environ))
     return folder
 
@@ -48,8 +60,9 @@ def runs(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[
     everything = list(jobs_of_all_models(tiny))
     multiprocess = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
     situations = {
-        "off": ([*everything, *referee_jobs(tiny)], True, {"VLLM_GEMS": "0"}),
+        "off": ([*everything, llama_job(tiny), *referee_jobs(tiny)], True, {"VLLM_GEMS": "0"}),
         "on": (everything, False, {}),
+        "decoder": (list(decoder_jobs(tiny)), True, DECODER, True),
         "processes": ([one_job(tiny, "processes")], True, multiprocess),
         "ranks": ([one_job(tiny, "ranks", tensor_parallel_size=2)], False, multiprocess),
     }

@@ -17,6 +17,12 @@ MODELS = ("qwen2", "qwen3", "gemma3", "deepseek_v2", "deepseek_v3")
 # Stock vLLM rotates the 3-D queries of these models wrongly on a CPU, so that transformers is the referee.
 REFEREED = ("deepseek_v2", "deepseek_v3")
 DTYPES = ("float32", "bfloat16")
+# Dense models whose decoder layers are replaced as a whole, in a process where vLLM's FlashAttention backend runs on
+# the CPU (tools/flash_on_cpu.py); these patches are asked for by name.
+DENSE = ("qwen2", "qwen3", "llama")
+DECODER = {"VLLM_GEMS_INCLUDE": "decoder.*,attention.*,layernorm.*,rotary.*,activation.*"}
+# Prefills in pieces, so that they share batches with decoding requests, and prompts that find their prefix cached.
+CHUNKED = {"max_num_batched_tokens": 16, "enable_prefix_caching": True, "block_size": 16}
 PROMPTS = [[1, 20, 90, 33, 250, 300, 7, 8], [1, *range(100, 140)], [1, 5]]
 TOKENS = 8
 # Any tokens do, as long as they are the same ones: what is compared is the probability that each run gives them.
@@ -85,6 +91,18 @@ def referee_jobs(tiny: Path) -> Iterator[dict[str, Any]]:
         }
 
 
+def llama_job(tiny: Path) -> dict[str, Any]:
+    """What is right for the dense model that no other test has."""
+    return {**one_job(tiny, "llama float32"), "model": str(tiny / "llama")}
+
+
+def decoder_jobs(tiny: Path) -> Iterator[dict[str, Any]]:
+    """Each dense model with whole prompts, and one with prompts in pieces."""
+    for model in DENSE:
+        yield {**one_job(tiny, model), "model": str(tiny / model)}
+    yield {**one_job(tiny, "chunked", **CHUNKED), "model": str(tiny / "qwen3")}
+
+
 def one_job(tiny: Path, name: str, **options: Any) -> dict[str, Any]:
     """The smallest model, tokens only."""
     model = str(tiny / "qwen2")
@@ -93,14 +111,16 @@ def one_job(tiny: Path, name: str, **options: Any) -> dict[str, Any]:
     }
 
 
-def run_engine(here: Path, jobs: list[dict[str, Any]], watch: bool, environ: dict[str, str]) -> Run:
+def run_engine(
+    here: Path, jobs: list[dict[str, Any]], watch: bool, environ: dict[str, str], flash: bool = False
+) -> Run:
     """Run tools/engine.py in a fresh process, with what it reads and writes in the folder `here`.
 
     The caches are shared with the other runs, as a user's are: what is compiled with the plugin off must not be loaded
     with it on.
     """
     here.mkdir()
-    (here / "spec.json").write_text(json.dumps({"jobs": jobs, "watch": watch}))
+    (here / "spec.json").write_text(json.dumps({"jobs": jobs, "watch": watch, "flash": flash}))
     engine = [sys.executable, "-W", "ignore", str(ROOT / "tools" / "engine.py")]
     variables = environment(here.parent / "cache", VLLM_GEMS_REPORT=str(here / "reports"), **environ)
     checked([*engine, str(here / "spec.json"), str(here / "result.json")], here / "log", variables)

@@ -1,0 +1,103 @@
+"""What happens around a settled decoder layer, in one engine: hooks, new weights, undo, a failure.
+
+    python decoder_changes.py MODEL FOUND.json
+
+In a process of its own, which test_decoder.py starts with the plugin on.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import engine  # in tools/
+import flash_on_cpu
+
+PROMPTS = [[1, 20, 90, 33, 250], [1, 5]]
+TOKENS = 5
+PATCH = "decoder.qwen2"
+
+
+def main() -> None:
+    model, target = sys.argv[1], Path(sys.argv[2])
+    engine.prepare(ranks=1)
+    flash_on_cpu.install()
+    import torch
+    from vllm import LLM, SamplingParams
+    from vllm.model_executor.models.qwen2 import Qwen2DecoderLayer
+
+    import vllm_gems
+    from vllm_gems.kernels import decode_attention
+
+    llm = LLM(
+        model, dtype="float32", seed=0, enforce_eager=True, max_model_len=128, max_num_batched_tokens=128,
+        max_num_seqs=4, enable_prefix_caching=False,
+    )  # fmt: skip
+    layers: list[Any] = llm.apply_model(lambda model: list(model.model.layers))[0]
+    passes = 0
+
+    def count(*_: Any) -> None:
+        nonlocal passes
+        passes += 1
+
+    def row() -> Any:
+        return next(row for row in vllm_gems.report().rows if row.patch == PATCH)
+
+    def tried() -> dict[str, Any]:
+        """Generate; what came out, hits of each layer, and why calls were declined."""
+        before = row()
+        params = SamplingParams(temperature=0.0, max_tokens=TOKENS, ignore_eos=True)
+        prompts = [{"prompt_token_ids": ids} for ids in PROMPTS]
+        outputs = llm.generate(prompts, params, use_tqdm=False)
+        after = row()
+        names = [layer.self_attn.attn.layer_name for layer in layers]
+        return {
+            "tokens": [list(output.outputs[0].token_ids) for output in outputs],
+            "hits": [after.by_layer.get(name, 0) - before.by_layer.get(name, 0) for name in names],
+            "declined": [why for why, times in after.declined.items() if times > before.declined.get(why, 0)],
+            "settled_layers": sum("forward" in vars(layer) for layer in layers),
+            "state": str(after.state),
+            "why": after.why,
+        }
+
+    found: dict[str, Any] = {"plain": tried() | {"passes": TOKENS}}
+
+    hook = layers[0].mlp.down_proj.register_forward_hook(count)
+    found["hooked"] = tried() | {"hook_calls": passes}
+    hook.remove()
+    found["unhooked"] = tried()
+
+    weight = layers[0].mlp.down_proj.weight
+    layers[0].mlp.down_proj.weight = torch.nn.Parameter(-2 * weight.data, requires_grad=False)
+    found["replaced"] = tried()
+
+    vllm_gems.remove_gems_patches_from_vllm()
+    original = Qwen2DecoderLayer.forward
+    vllm_gems.apply_gems_patches_to_vllm()
+    wrapped = Qwen2DecoderLayer.forward.__wrapped__
+    vllm_gems.remove_gems_patches_from_vllm()
+    generated = llm.generate(
+        [{"prompt_token_ids": ids} for ids in PROMPTS],
+        SamplingParams(temperature=0.0, max_tokens=TOKENS, ignore_eos=True),
+        use_tqdm=False,
+    )
+    found["removed"] = {
+        "tokens": [list(output.outputs[0].token_ids) for output in generated],
+        "hits": [0 for layer in layers],
+        "settled_layers": sum("forward" in vars(layer) for layer in layers),
+        "forward_is_the_original": Qwen2DecoderLayer.forward is original is wrapped,
+    }
+
+    def broken(*_: Any) -> int:
+        raise RuntimeError("broken on purpose")
+
+    decode_attention.splits = broken
+    vllm_gems.apply_gems_patches_to_vllm()
+    found["failed"] = tried()
+    target.write_text(json.dumps(found, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,107 @@
+"""Whole decoder layers in real engines on vLLM's FlashAttention backend: what they generate, when they stand down."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from engine_runs import DECODER, DENSE, ROOT, TOKENS, Run, checked, environment
+
+Runs = dict[str, Callable[[], Run]]
+LAYERS = 2
+
+
+def rows(report: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    return {row["patch"]: row for row in report["rows"]}
+
+
+@pytest.mark.parametrize("model", DENSE)
+def test_tokens_are_stocks(runs: Runs, model: str) -> None:
+    assert runs["decoder"]().job(model)["tokens"] == runs["off"]().job(f"{model} float32")["tokens"]
+
+
+def test_tokens_are_stocks_when_prefills_and_decodes_share_batches(runs: Runs) -> None:
+    assert runs["decoder"]().job("chunked")["tokens"] == runs["off"]().job("qwen3 float32")["tokens"]
+
+
+@pytest.mark.parametrize("model", DENSE)
+def test_every_decode_step_was_ours_and_nothing_else(runs: Runs, model: str) -> None:
+    """All prompts are prefilled in one pass, and each later pass only decodes: the layers' own patches answer the
+    first, the whole layer all others."""
+    hits = runs["decoder"]().job(model)["hits"]
+    assert hits[f"decoder.{model}"] == LAYERS * (TOKENS - 1)
+    assert hits["activation.silu_and_mul"] == hits["attention.direct_call"] == LAYERS
+    assert hits["layernorm.rms_norm"] > TOKENS  # the last norm of every pass, and the first pass's
+
+
+def test_mixed_batches_went_to_the_original(runs: Runs) -> None:
+    job = runs["decoder"]().job("chunked")
+    assert 0 < job["hits"]["decoder.qwen3"] < LAYERS * (TOKENS - 1) * 2
+    assert job["hits"]["activation.silu_and_mul"] > LAYERS
+
+
+def test_report_counts_layers_and_reasons(runs: Runs) -> None:
+    result = runs["decoder"]().result
+    found = rows(result["report"])
+    for model in DENSE:
+        row = found[f"decoder.{model}"]
+        assert row["state"] == "bound"
+        assert row["errors"] == 0
+        assert len(row["by_layer"]) == LAYERS
+        assert len(set(row["by_layer"].values())) == 1
+        assert sum(row["by_layer"].values()) == row["hits"]
+        assert list(row["declined"]) == ["a batch that does not only decode"]
+    assert f"in each of {LAYERS} layers" in result["table"]
+
+
+@pytest.fixture(scope="session")
+def changes(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What `decoder_changes.py` found out in one engine."""
+    folder = tmp_path_factory.mktemp("changes")
+    script = str(Path(__file__).parent / "decoder_changes.py")
+    command = [sys.executable, "-W", "ignore", script, str(tiny / "qwen2"), str(folder / "found.json")]
+    variables = environment(folder / "cache", **DECODER) | {"PYTHONPATH": str(ROOT / "tools")}
+    checked(command, folder / "log", variables)
+    found: dict[str, Any] = json.loads((folder / "found.json").read_text())
+    return found
+
+
+def test_a_hook_is_called_and_only_its_layer_stands_down(changes: dict[str, Any]) -> None:
+    hooked = changes["hooked"]
+    assert hooked["tokens"] == changes["plain"]["tokens"]
+    assert hooked["hook_calls"] == changes["plain"]["passes"]
+    assert hooked["hits"][0] == 0
+    assert hooked["hits"][1] == changes["plain"]["hits"][1] > 0
+    assert "a hook on RowParallelLinear" in hooked["declined"]
+
+
+def test_a_removed_hook_is_forgotten(changes: dict[str, Any]) -> None:
+    assert changes["unhooked"]["tokens"] == changes["plain"]["tokens"]
+    assert changes["unhooked"]["hits"] == changes["plain"]["hits"]
+
+
+def test_a_replaced_weight_is_used(changes: dict[str, Any]) -> None:
+    replaced = changes["replaced"]
+    assert replaced["tokens"] == changes["removed"]["tokens"] != changes["plain"]["tokens"]
+    assert "weights that were replaced" in replaced["declined"]
+    # One call of one layer settles it anew.
+    assert sum(replaced["hits"]) == sum(changes["plain"]["hits"]) - 1
+
+
+def test_undo_leaves_vllms_own_objects(changes: dict[str, Any]) -> None:
+    assert changes["removed"]["forward_is_the_original"]
+    assert changes["removed"]["settled_layers"] == 0
+    assert changes["removed"]["hits"] == [0, 0]
+
+
+def test_a_failure_in_the_middle_of_a_layer_harms_nothing(changes: dict[str, Any]) -> None:
+    """Norm, projection and cache write are done when attention raises: the original begins again."""
+    failed = changes["failed"]
+    assert failed["tokens"] == changes["removed"]["tokens"]
+    assert failed["state"] == "failed"
+    assert "broken on purpose" in failed["why"]
+    assert failed["settled_layers"] == 0
