@@ -120,8 +120,10 @@ def _linear_kernel(
 @triton.jit
 def _product(x, weight, total, SWAPPED: tl.constexpr):
     if SWAPPED:
-        return tl.dot(weight, x.T, total, input_precision="ieee")
-    return tl.dot(x, weight.T, total, input_precision="ieee")
+        total = tl.dot(weight, x.T, total, input_precision="ieee")
+    else:
+        total = tl.dot(x, weight.T, total, input_precision="ieee")
+    return total
 
 
 @triton.jit
@@ -455,8 +457,11 @@ def _builds(gated: bool) -> Callable[[Case, str], Iterator[Build]]:
         shape = Shape(case["in"], case["out"], bool(case.get("bias")), gated)
         kind = dtype_of(dtype)
         rows = rows_class(max(case["rows"], 1))
+        tiling = default_tiling(shape, rows, kind.itemsize)
         for is_aligned in (True, False):
-            yield build_of(shape, rows, default_tiling(shape, rows, kind.itemsize), kind, is_aligned)
+            yield build_of(shape, rows, tiling, kind, is_aligned)
+        if case.name == "split" and kind.itemsize == 2:  # which measured tilings may be
+            yield build_of(shape, rows, tiling._replace(cols=64, depth=64, swapped=True), kind)
 
     return builds
 
