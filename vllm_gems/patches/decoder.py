@@ -20,6 +20,9 @@ from ..seams import KV_CACHE_LAYOUTS, PARTS
 # The most requests of a decode step; beyond them the GPU, not the host, sets the pace.
 MAX_REQUESTS = 512
 
+# Up to so many rows a product is a walk through its weight; beyond, it is cuBLAS's.
+FEW_ROWS = 64
+
 # What a decode step's metadata says that does not change what is computed, or that is read here. A field that is in
 # neither list must have its default, or the original runs: a release that adds a feature adds a field.
 _READ = {"max_query_len", "max_seq_len", "seq_lens", "block_table", "num_actual_tokens"}
@@ -251,11 +254,6 @@ class _Hooks:
 # One layer's launches
 
 
-def at(parameter: Any) -> int:
-    """The address of a parameter that may be None; read at each call, because loading may move what it holds."""
-    return 0 if parameter is None else int(parameter.data_ptr())
-
-
 class _Cache(NamedTuple):
     """A layer's KV cache as the kernels take it."""
 
@@ -286,7 +284,7 @@ def _bind(layer: Any, hidden_states: Any) -> Callable[..., Any]:
     from ..errors import Refused, Unsettled
     from ..kernels.activation import bind_activation
     from ..kernels.decode_attention import Heads, bind_decode_attention, splits
-    from ..kernels.linear import MAX_ROWS, Shape, bind_linear
+    from ..kernels.linear import Shape, bind_linear
     from ..kernels.rms_norm import bind_fused_add_rms_norm, bind_rms_norm
     from ..kernels.rope_and_cache import Attention, bind_rope_and_cache
     from ..launch import allocator
@@ -328,12 +326,15 @@ def _bind(layer: Any, hidden_states: Any) -> Callable[..., Any]:
     activate = bind_activation("silu_and_mul", dtype, 2 * intermediate_size, (), device)
     empty, multiply = allocator(device, dtype), torch._C._nn.linear
 
-    # All parameters that are read, by where PyTorch keeps them: one that is replaced is seen.
-    parameters = [
+    # All parameters and tables that are read, by where PyTorch keeps them: one that is replaced is seen.
+    angles_of = rotary._buffers
+    angles = _cache_of(rotary, hidden_states, own_dtype=rotary.use_flashinfer)
+    known = [
         (module._parameters, name, parameter)
         for module in layer.modules()
         for name, parameter in module._parameters.items()
     ]
+    known.append((angles_of, "cos_sin_cache", angles))
     norms = layer.input_layernorm, layer.post_attention_layernorm
     input_weight, post_weight = (norm.weight for norm in norms)
     settled = [(dtype, norm.weight.dtype, hidden_size, norm.variance_epsilon, None, False) for norm in norms]
@@ -341,14 +342,20 @@ def _bind(layer: Any, hidden_states: Any) -> Callable[..., Any]:
     first = bind_fused_add_rms_norm(*settled[0], False, device)  # the inputs stay, should anything fail after it
     second = bind_fused_add_rms_norm(*settled[1], True, device)
 
-    angles_of = rotary._buffers
-    angles = _cache_of(rotary, hidden_states, own_dtype=rotary.use_flashinfer)
     q_weight, k_weight, epsilon = None, None, 0.0
     if qk_norm:
         q_weight, k_weight = attention.q_norm.weight, attention.k_norm.weight
         epsilon = attention.q_norm.variance_epsilon
         if attention.k_norm.variance_epsilon != epsilon or q_weight.dtype is not dtype or k_weight.dtype is not dtype:
             raise Refused("q_norm and k_norm differ, or their weights are not of the hidden states' dtype")
+
+    # Their addresses are read at each call, because loading may move what a parameter holds; and without asking its
+    # class, which vLLM derives from Parameter, what it thinks of that.
+    read = qkv, o, gate_up, down, qkv_bias, o_bias, gate_up_bias, down_bias, q_weight, k_weight
+    plainly = torch._C.DisableTorchFunctionSubclass
+
+    def addresses() -> list[int]:
+        return [0 if tensor is None else tensor.data_ptr() for tensor in read]
 
     cache: _Cache | None = None
     write: Callable[..., None]
@@ -368,13 +375,18 @@ def _bind(layer: Any, hidden_states: Any) -> Callable[..., Any]:
         rows = step.num_requests
         if hidden_states.dtype is not dtype or hidden_states.shape != (rows, hidden_size):
             raise Refused(f"hidden_states {hidden_states.dtype} {tuple(hidden_states.shape)} for {rows} requests")
-        for table, name, known in parameters:
-            if table[name] is not known:
+        for table, name, tensor in known:
+            if table[name] is not tensor:
                 raise Unsettled("weights that were replaced")
         kept = cache if cache is not None and cache.tensor is kv_cache else settle_cache(kv_cache)
+        with plainly():
+            (
+                qkv_at, o_at, gate_up_at, down_at, qkv_bias_at, o_bias_at, gate_up_bias_at, down_bias_at,
+                q_weight_at, k_weight_at,
+            ) = addresses()  # fmt: skip
         cache_at = kv_cache.data_ptr()
         key_at, value_at = cache_at + kept.key_offset, cache_at + kept.value_offset
-        is_few = rows <= MAX_ROWS
+        is_few = rows <= FEW_ROWS
 
         if residual is None:
             x, residual = alone(hidden_states, input_weight), hidden_states.clone()
@@ -383,13 +395,13 @@ def _bind(layer: Any, hidden_states: Any) -> Callable[..., Any]:
 
         if is_few:
             y = empty(rows, qkv_size)
-            project_qkv(x.data_ptr(), hidden_size, qkv.data_ptr(), at(qkv_bias), y.data_ptr(), rows)
+            project_qkv(x.data_ptr(), hidden_size, qkv_at, qkv_bias_at, y.data_ptr(), rows)
         else:
             y = multiply(x, qkv, qkv_bias)
         y_at = y.data_ptr()
         write(
-            y_at, qkv_size, step.positions_at, angles_of["cos_sin_cache"].data_ptr(), key_at, value_at, kept.strides,
-            step.slot_mapping_at, at(q_weight), at(k_weight), epsilon, rows,
+            y_at, qkv_size, step.positions_at, angles.data_ptr(), key_at, value_at, kept.strides,
+            step.slot_mapping_at, q_weight_at, k_weight_at, epsilon, rows,
         )  # fmt: skip
         z = empty(rows, q_size)
         attend(
@@ -398,14 +410,14 @@ def _bind(layer: Any, hidden_states: Any) -> Callable[..., Any]:
         )  # fmt: skip
         if is_few:
             x = empty(rows, hidden_size)
-            project_o(z.data_ptr(), q_size, o.data_ptr(), at(o_bias), x.data_ptr(), rows)
+            project_o(z.data_ptr(), q_size, o_at, o_bias_at, x.data_ptr(), rows)
         else:
             x = multiply(z, o, o_bias)
         second(x, residual, post_weight)
         if is_few:
             y, z = empty(rows, intermediate_size), empty(rows, hidden_size)
-            project_gate_up(x.data_ptr(), hidden_size, gate_up.data_ptr(), at(gate_up_bias), y.data_ptr(), rows)
-            project_down(y.data_ptr(), intermediate_size, down.data_ptr(), at(down_bias), z.data_ptr(), rows)
+            project_gate_up(x.data_ptr(), hidden_size, gate_up_at, gate_up_bias_at, y.data_ptr(), rows)
+            project_down(y.data_ptr(), intermediate_size, down_at, down_bias_at, z.data_ptr(), rows)
         else:
             z = multiply(activate(multiply(x, gate_up, gate_up_bias)), down, down_bias)
         return z, residual
