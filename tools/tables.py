@@ -78,20 +78,25 @@ def host_per_call(record: Record) -> str:
 
 def serve_eager_dense(record: Record) -> str:
     """Milliseconds of one decode step, and how the turns of one process compare: their spread is the host's noise."""
+    compiled = any("stock_compiled" in row["against"] for row in record["rows"])
     rows = []
     for row in record["rows"]:
-        turns = row.get("turns") or {"ours": [row["ours"]], "stock": [row["against"]["stock"]]}
+        case, against = row["case"], row["against"]
+        turns = row.get("turns") or {"ours": [row["ours"]], "stock": [against["stock"]]}
         ratios = [ours / stock for ours, stock in zip(turns["ours"], turns["stock"], strict=True)]
+        default = f"{against['stock_compiled']:.1f}" if "stock_compiled" in against else ""
         rows.append(
             (
-                str(row["case"]["model"]),
-                str(row["case"]["batch"]),
-                f"{row['against']['stock']:.1f}",
+                str(case["model"]),
+                f"prefill of {case['prefill']} tokens" if "prefill" in case else f"decode, batch {case['batch']}",
+                f"{against['stock']:.1f}",
+                *((default,) if compiled else ()),
                 f"{row['ours']:.1f}",
                 f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})",
             )
         )
-    head = ("model", "batch", "vLLM, ms/step", "with vllm-gems, ms/step", "ratio of a turn, median (range)")
+    mode = ("vLLM compiled, ms",) if compiled else ()
+    head = ("model", "step", "vLLM, ms", *mode, "with vllm-gems, ms", "ratio of a turn, median (range)")
     return markdown(head, rows)
 
 

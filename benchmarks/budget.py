@@ -1,0 +1,270 @@
+"""Where the host's time of one eager decode step goes, with and without the plugin, and how long the GPU works.
+
+    VLLM_GEMS_INCLUDE=default,decoder.*,attention.* python benchmarks/budget.py --model qwen2.5-7b --batches 1,32
+    python benchmarks/budget.py --picture docs/eager.svg    # from the record that is there; needs matplotlib
+
+Writes the record `eager_budget`: microseconds of a step by part, medians over steps, from stopwatches around vLLM's own
+functions and modules; what a part calls that is a part itself is not counted twice. A stopwatch costs about half a
+microsecond, which is inside. Both sides are timed in one process, in turns, as in serve.py, whose engine and models
+these are. The GPU's time is the sum of its kernels in a profile of other steps, without stopwatches.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks import measure, serve
+
+STEPS = 24
+ROUNDS = 3
+# Part -> classes of modules, by the ends of their names.
+MODULES = {
+    "linear layers": ("Linear", "LMHead", "Embedding"),
+    "attention": ("Attention",),
+    "norms": ("Norm",),
+    "rotary embedding": ("RotaryEmbedding",),
+    "activation": ("AndMul",),
+    "decoder layers, the rest of them": ("DecoderLayer", "MLP"),
+    "model, the rest of it": ("Model", "CausalLM"),
+}
+# Part -> what to look for on the model runner, its model state, the scheduler and the engine core. Releases and
+# runners name some of it differently; what is not there is not timed apart.
+FUNCTIONS = {
+    "schedule": (("scheduler", "schedule"), ("scheduler", "update_from_output")),
+    "input preparation": (
+        ("runner", "update_requests"),
+        ("runner", "prepare_inputs"),
+        ("runner", "_prepare_inputs"),
+        ("runner", "prepare_attn"),
+        ("state", "prepare_attn"),
+        ("state", "prepare_inputs"),
+        ("runner", "_build_attention_metadata"),
+    ),
+    "logits": (("model", "compute_logits"),),
+    "sampler": (("runner", "sample"), ("runner", "_sample"), ("runner", "postprocess_sampled")),
+    "model runner, the rest of it": (("runner", "execute_model"), ("runner", "sample_tokens")),
+}
+OUTSIDE = "engine, the rest of it"
+
+
+class Stopwatch:
+    """Microseconds by part, of the innermost part that runs."""
+
+    def __init__(self) -> None:
+        self.spent: dict[str, float] = defaultdict(float)
+        self._stack: list[str] = []
+        self._since = 0.0
+
+    def _switch(self) -> None:
+        now = time.perf_counter()
+        if self._stack:
+            self.spent[self._stack[-1]] += (now - self._since) * 1e6
+        self._since = now
+
+    def timed(self, part: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def run(*args: Any, **kwargs: Any) -> Any:
+            self._switch()
+            self._stack.append(part)
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self._switch()
+                self._stack.pop()
+
+        return run
+
+
+def _part_of(cls: type) -> str:
+    """The part that a module of this class is."""
+    name = cls.__name__
+    ends = [(len(end), part) for part, names in MODULES.items() for end in names if name.endswith(end)]
+    return max(ends)[1] if ends else ""
+
+
+@contextmanager
+def stopwatches(llm: Any) -> Iterator[Stopwatch]:
+    """Around vLLM's functions, and around every module's call."""
+    watch = Stopwatch()
+    core = llm.llm_engine.engine_core.engine_core
+    worker = core.model_executor.driver_worker
+    runner = getattr(worker, "worker", worker).model_runner
+    owners = {
+        "scheduler": core.scheduler, "runner": runner, "state": getattr(runner, "model_state", None),
+        "model": runner.get_model(),
+    }  # fmt: skip
+    undo: list[Callable[[], None]] = []
+    for part, places in FUNCTIONS.items():
+        for owner_name, name in places:
+            owner = owners[owner_name]
+            if owner is not None and hasattr(owner, name) and name not in vars(owner):
+                object.__setattr__(owner, name, watch.timed(part, getattr(owner, name)))
+                undo.append(functools.partial(object.__delattr__, owner, name))
+    call = torch.nn.Module.__call__
+    parts: dict[type, str] = {}
+
+    def timed_call(module: Any, *args: Any, **kwargs: Any) -> Any:
+        cls = type(module)
+        part = parts.get(cls)
+        if part is None:
+            part = parts[cls] = _part_of(cls)
+        return watch.timed(part, call)(module, *args, **kwargs) if part else call(module, *args, **kwargs)
+
+    torch.nn.Module.__call__ = timed_call
+    try:
+        yield watch
+    finally:
+        torch.nn.Module.__call__ = call
+        for each in reversed(undo):
+            each()
+
+
+def steps_of(llm: Any, spec: dict[str, Any], batch: int) -> Iterator[Callable[[], Any]]:
+    """The engine's step, once for each step in which all requests decode; prefill and warm-up are done inside."""
+    from vllm import SamplingParams
+
+    llm.reset_prefix_cache()
+    params = SamplingParams(max_tokens=serve.WARMUP + STEPS + 2, ignore_eos=True, detokenize=False, **serve.TIMED)
+    engine = llm.llm_engine
+    for number, prompt in enumerate(serve.random_prompts(batch, spec["vocabulary"], seed=batch)):
+        engine.add_request(f"budget-{batch}-{number}", prompt, params)
+    for _ in range(serve.WARMUP):
+        engine.step()
+    for _ in range(STEPS):
+        yield engine.step
+    while engine.has_unfinished_requests():
+        engine.step()
+
+
+def host_budget(llm: Any, spec: dict[str, Any], batch: int) -> dict[str, float]:
+    """Median microseconds of a step, by part."""
+    samples: dict[str, list[float]] = defaultdict(list)
+    with stopwatches(llm) as watch:
+        for step in steps_of(llm, spec, batch):
+            watch.spent.clear()
+            watch.timed(OUTSIDE, step)()
+            for part in (*MODULES, *FUNCTIONS, OUTSIDE):
+                samples[part].append(watch.spent.get(part, 0.0))
+    return {part: statistics.median(values) for part, values in samples.items()}
+
+
+def gpu_us(llm: Any, spec: dict[str, Any], batch: int) -> float:
+    """Microseconds of a step in which a kernel ran, their sum; 0 without a GPU."""
+    if not torch.cuda.is_available():
+        return 0.0
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA]) as found:
+        count = 0
+        for step in steps_of(llm, spec, batch):
+            step()
+            count += 1
+        torch.cuda.synchronize()
+    # The profile has the prefill and the steps before and after, too: of those, each counts like one of these.
+    steps = count + serve.WARMUP + 2
+    return sum(event.self_device_time_total for event in found.key_averages()) / steps
+
+
+def measure_all(args: argparse.Namespace) -> list[dict[str, Any]]:
+    model = serve.MODELS[args.model].with_layers(args.layers)
+    os.environ.update(serve.environment(serve.Side("budget", "eager", True)))
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "config.json").write_text(json.dumps(model.config))
+        spec = {
+            "model": folder, "vocabulary": model.config["vocab_size"], "batches": args.batches, "steps": STEPS,
+            "prefill": [], "side": {"dtype": "bfloat16", "mode": "eager"},
+        }  # fmt: skip
+        llm = serve.start_engine(spec)
+        import vllm_gems
+
+        rows = []
+        for batch in args.batches:
+            found: dict[str, list[dict[str, float]]] = {"ours": [], "stock": []}
+            for turn in range(-1, ROUNDS):
+                for side in found:
+                    if side == "ours":
+                        vllm_gems.apply_gems_patches_to_vllm()
+                    else:
+                        vllm_gems.remove_gems_patches_from_vllm()
+                    budget = host_budget(llm, spec, batch)
+                    budget["GPU at work"] = gpu_us(llm, spec, batch)
+                    if turn >= 0:  # the first compiles
+                        found[side].append(budget)
+            for part in found["ours"][0]:
+                ours, stock = (statistics.median(each[part] for each in found[side]) for side in ("ours", "stock"))
+                if ours or stock:
+                    rows.append(
+                        {
+                            "case": {"model": model.title, "mode": "eager", "batch": batch, "part": part},
+                            "unit": "us/step",
+                            "ours": round(ours, 1),
+                            "against": {"stock": round(stock, 1)},
+                        }
+                    )
+                    print(f"batch {batch:4}  {part:34} {stock:10.0f} -> {ours:8.0f} us", flush=True)
+    return rows
+
+
+def draw(record: dict[str, Any], target: Path) -> None:
+    """Two bars for each batch size: the host's parts one on the other, the GPU's time a line across."""
+    from matplotlib import pyplot
+
+    batches = list(dict.fromkeys(row["case"]["batch"] for row in record["rows"]))
+    parts = [part for part in dict.fromkeys(row["case"]["part"] for row in record["rows"]) if part != "GPU at work"]
+    value = {
+        (row["case"]["batch"], row["case"]["part"], side): ms / 1e3
+        for row in record["rows"]
+        for side, ms in (("vLLM", row["against"]["stock"]), ("vllm-gems", row["ours"]))
+    }
+    figure, axes = pyplot.subplots(figsize=(9, 1.2 + 0.9 * len(batches)), layout="constrained")
+    labels = [(batch, side) for batch in batches for side in ("vLLM", "vllm-gems")]
+    left = [0.0] * len(labels)
+    for index, part in enumerate(parts):
+        widths = [value.get((batch, part, side), 0.0) for batch, side in labels]
+        axes.barh(range(len(labels)), widths, left=left, label=part, color=pyplot.get_cmap("tab20")(index))
+        left = [start + width for start, width in zip(left, widths, strict=True)]
+    for at, (batch, side) in enumerate(labels):
+        gpu = value.get((batch, "GPU at work", side), 0.0)
+        axes.plot([gpu, gpu], [at - 0.45, at + 0.45], color="black", label="GPU at work" if at == 0 else None)
+    axes.set_yticks(range(len(labels)), [f"{side}, batch {batch}" for batch, side in labels])
+    axes.invert_yaxis()
+    axes.set_xlabel("ms of one decode step")
+    axes.set_title(f"{record['rows'][0]['case']['model']}, enforce_eager, {record['gpu']}", fontsize="medium")
+    axes.legend(fontsize="x-small", loc="lower right")
+    figure.savefig(target, metadata={"Date": None} if target.suffix == ".svg" else None)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=serve.MODELS, default="qwen2.5-7b")
+    parser.add_argument("--layers", type=int, help="cut the model to this many layers")
+    parser.add_argument("--batches", type=lambda text: [int(part) for part in text.split(",")], default=[1, 32, 256])
+    parser.add_argument("--out", type=Path, help="a folder for the record, instead of benchmarks/results/<gpu>")
+    parser.add_argument("--commit", default="", help="for the record, where there is no git")
+    parser.add_argument("--picture", type=Path, help="measure nothing; draw the record")
+    parser.add_argument("--record", type=Path, default=measure.RESULTS / "h100" / "eager_budget.json")
+    args = parser.parse_args()
+    if args.picture:
+        draw(json.loads(args.record.read_text()), args.picture)
+        return
+    print(measure.record("eager_budget", measure_all(args), folder=args.out, commit=args.commit))
+
+
+if __name__ == "__main__":
+    main()
