@@ -25,13 +25,13 @@ from vllm_gems.catalog import catalog
 from vllm_gems.launch import Build, compile_for
 from vllm_gems.nouns import Kernel
 
-EVERY_BUILD = "sm_90"  # where kernels are tuned and timed
+MODELS_ON = "sm_90"  # where kernels are tuned and timed
 MUST_SPILL = "a kernel that must spill"
 
 # Constexprs that say how large operands are, not how the work is divided. Kernels branch on whether they are 0 or 1.
 SIZES = {
-    "BLOCK_SIZE", "GROUP", "HALF", "HEAD", "HEAD_SIZE", "HIDDEN", "IN", "INNER", "KV_HEADS", "K_HEADS", "OFFSET", "OUT",
-    "Q_HEADS", "SECTION_H", "SECTION_T", "SECTION_W", "VARIANCE_SIZE", "WIDTH",
+    "BLOCK_SIZE", "EXPERTS", "GROUP", "HALF", "HEAD", "HEAD_SIZE", "HIDDEN", "IN", "INNER", "KV_HEADS", "K_HEADS",
+    "OFFSET", "OUT", "Q_HEADS", "SECTION_H", "SECTION_T", "SECTION_W", "VARIANCE_SIZE", "WIDTH",
 }  # fmt: skip
 
 
@@ -43,6 +43,7 @@ class Job(NamedTuple):
     case: str
     dtype: str
     dtypes: tuple[str, ...]  # of the kernel
+    bench: bool  # a shape of a named model
 
 
 def every_job(kernels: Iterable[Kernel]) -> list[Job]:
@@ -52,9 +53,11 @@ def every_job(kernels: Iterable[Kernel]) -> list[Job]:
         for case in kernel.cases:
             for dtype in kernel.dtypes:
                 for build in kernel.builds(case, dtype):
-                    job = jobs.setdefault(build, Job(build, [], case.name, dtype, kernel.dtypes))
+                    job = jobs.setdefault(build, Job(build, [], case.name, dtype, kernel.dtypes, case.bench))
                     if kernel.name not in job.kernels:
                         job.kernels.append(kernel.name)
+                    if case.bench and not job.bench:
+                        jobs[build] = job._replace(bench=True)
     return list(jobs.values())
 
 
@@ -88,7 +91,10 @@ def representatives(jobs: Iterable[Job]) -> list[Job]:
 def jobs_for(target: str) -> list[Job]:
     """What is compiled for `target`."""
     jobs = every_job(catalog().kernels.values())
-    return jobs if target == EVERY_BUILD else representatives(jobs)
+    if target != MODELS_ON:
+        return representatives(jobs)
+    of_models = [job for job in jobs if job.bench]
+    return list({job.build: job for job in (*of_models, *representatives(jobs))}.values())
 
 
 @triton.jit
@@ -144,7 +150,7 @@ def lines(target: str) -> Iterator[dict[str, Any]]:
     gpu = GPUTarget(device.backend, device.arch, device.warp_size)
     yield {"builds": collections.Counter(name for job in jobs for name in job.kernels)}
     yield _line([MUST_SPILL], "", spilling(device.warp_size), gpu)
-    for build, kernels, case, dtype, _ in jobs:
+    for build, kernels, case, dtype, _, _ in jobs:
         options = f"{'aligned' if build.aligned else 'misaligned'}, num_warps={build.num_warps}"
         yield _line(kernels, f"{case}, {dtype}, {options}", build, gpu)
 

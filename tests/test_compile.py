@@ -1,9 +1,9 @@
 """Every kernel compiles for every architecture within `budgets`, without a GPU.
 
-For sm_90, where kernels are tuned and timed: every different `Build` of every kernel x case x dtype. For the other
-architectures every configuration, which is all of a build but sizes and dtypes (warps, tiles, formula, alignment, what
-is absent), once in float32 with the largest sizes that the cases have, and if aligned once in bfloat16. The counts are
-printed as each architecture is done.
+Every configuration, which is all of a build but sizes and dtypes (warps, tiles, formula, alignment, what is absent),
+once in float32 with the largest sizes that the cases have, and if aligned once in bfloat16. For sm_90, where kernels
+are tuned and timed, also every different `Build` of the shapes of named models, in every dtype. The counts are printed
+as each architecture is done.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 import pytest
 from budgets import DEVICES, REGISTERS, excesses
-from gpu_targets import EVERY_BUILD, MUST_SPILL
+from gpu_targets import MODELS_ON, MUST_SPILL
 
 from vllm_gems.catalog import catalog
 
@@ -97,7 +97,7 @@ def compilation(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPat
     """Started for the architectures that the selected tests ask for."""
     asking = [item for item in request.session.items if "compilation" in getattr(item, "fixturenames", ())]
     wanted = {item.callspec.params["target"] for item in asking}  # type: ignore[attr-defined]
-    longest_first = sorted(wanted, key=lambda target: (target != EVERY_BUILD, target))
+    longest_first = sorted(wanted, key=lambda target: (target != MODELS_ON, target))
     found = Compilation(longest_first, tmp_path_factory.mktemp("compiled"))
     yield found
     found.stop()
