@@ -17,11 +17,12 @@ import torch
 import toy
 from children import in_child
 
-from vllm_gems import seams
+from vllm_gems import seams, sites
 from vllm_gems.errors import DriftError, NotBoundError, Refused
 from vllm_gems.nouns import State
 from vllm_gems.patcher import Patcher
 from vllm_gems.policy import Policy
+from vllm_gems.sites import function
 
 MODULE = "toy_vllm.layers"
 
@@ -236,7 +237,7 @@ def test_policy_and_veto_leave_their_reasons() -> None:
         why = {row.patch: (str(row.state), row.why) for row in patcher.rows()}
         assert why["toy.layer"] == ("refused", "not today")
         assert why["toy.function"] == ("off", "excluded by '*.function'")
-        assert why["toy.off"] == ("off", "off by default; include it by name")
+        assert why["toy.off"] == ("off", "off by default; VLLM_GEMS_INCLUDE=default,toy.off adds it")
         assert sorted(Veto.told) == [("toy.function", "off"), ("toy.layer", "refused"), ("toy.off", "off")]
 
     in_child(check)
@@ -459,6 +460,38 @@ def test_a_module_whose_call_raises_is_done_by_the_original() -> None:
         assert states(patcher) == {"toy.module": "failed"}
         assert "forward" not in vars(block)
         assert [block(1), module.Block()(2)] == [("stock", 1), ("stock", 2)]
+
+    in_child(check)
+
+
+def test_a_function_declines_and_fails_and_copies_of_it_follow(monkeypatch: pytest.MonkeyPatch) -> None:
+    def adapt(original: Any, site: Any) -> Any:
+        def call(x: Any, flag: bool = False) -> Any:
+            if x < 0:
+                raise Refused("negative")
+            return ("ours", x)
+
+        original.note = "of torch.compile"
+        return function(original, site, call)
+
+    def check() -> None:
+        module = importlib.import_module(MODULE)
+        original = module.function
+        patcher = toy.patcher(toy.patch("toy.function", "function", adapt))
+        patcher.apply(Policy())
+        copied = module.function
+        assert "note" not in vars(copied)
+        assert [copied(1), copied(-1), copied(x=2, flag=True)] == [("ours", 1), ("stock", -1), ("ours", 2)]
+        monkeypatch.setattr(sites, "is_tracing", lambda: True)
+        assert copied(1) == ("stock", 1)
+        monkeypatch.setattr(sites, "is_tracing", lambda: False)
+        (row,) = patcher.rows()
+        assert (row.hits, row.declined, row.errors) == (2, {"negative": 1}, 0)
+        assert copied("x") == ("stock", "x")
+        assert module.function is original
+        assert copied(1) == ("stock", 1), "the original, after a failure"
+        (row,) = patcher.rows()
+        assert (row.state, row.hits, row.errors) == (State.FAILED, 2, 1)
 
     in_child(check)
 

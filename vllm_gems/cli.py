@@ -125,6 +125,7 @@ def _explain(args: argparse.Namespace) -> int:
                 "platform": place.platform,
                 "vllm": place.versions,
                 "expects": list(place.expects),
+                "sources": sorted(place.sources),
             }
             for place in seam.places
         ],
@@ -138,12 +139,14 @@ def _explain(args: argparse.Namespace) -> int:
         print(json.dumps(told, indent=1))
         return OK
     print(f"{patch.name}: {patch.why}")
-    print(f"kernels  {', '.join(patch.kernels)} ({patch.distribution})")
-    print(f"default  {'on' if patch.default else 'off; include it by name'}")
+    print(f"kernels  {', '.join(patch.kernels) or 'none'} ({patch.distribution})")
+    print(f"default  {'on' if patch.default else 'off'}")
     for place in told["places"]:
         print(f"place    {place['where']}  [{place['kind']}, {place['platform']}, vLLM {place['vllm']}]")
         for expected in place["expects"]:
             print(f"         expects {expected}")
+        if place["sources"]:
+            print(f"         written against the sources {', '.join(place['sources'])}")
     here = told["here"]
     print(f"here     {here['state']}  {here['where']}{'  ' + here['why'] if here['why'] else ''}")
     if here["replaced"]:

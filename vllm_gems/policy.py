@@ -88,7 +88,7 @@ class Policy:
                 return f"excluded by {glob!r}"
         if self.include and not (default and "default" in self.include):
             return None if self.named(name) else "not in the include list"
-        return None if default else "off by default; include it by name"
+        return None if default else f"off by default; VLLM_GEMS_INCLUDE=default,{name} adds it"
 
     def named(self, name: str) -> bool:
         """Whether this very patch was asked for, by name or glob."""
