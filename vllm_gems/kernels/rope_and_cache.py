@@ -191,8 +191,7 @@ def _build(
             pointer(slot_dtype),
             weight,
             weight,
-            "i32/16",
-            *("i64/16",) * 6,  # caches have more than 2**31 elements
+            *("i32/16",) * 7,  # pages are numbered in 64 bits, as caches have more than 2**31 elements
             "fp32",
         ),
         constexprs=(
@@ -308,6 +307,8 @@ def rope_and_cache_refuses(
         if x.dim() != 4 or x.stride(3) != 1 or x.shape != key_cache.shape:
             have = f"{name} of shape {tuple(x.shape)} and strides {x.stride()}"
             return f"{have} is not a [num_blocks, block_size, num_kv_heads, head_size] of contiguous heads"
+        if max(x.stride()) >= 2**31 or x.shape[2] * x.stride(2) >= 2**31:
+            return f"{name} of strides {x.stride()} has pages, tokens or heads 2**31 elements apart, or more"
     if cos_sin_cache.dim() != 2 or not cos_sin_cache.is_contiguous():
         return f"cos_sin_cache of shape {tuple(cos_sin_cache.shape)} is not a contiguous [max_position, rotary_dim]"
     spec = _spec(cos_sin_cache, key_cache, num_heads, is_neox, False)

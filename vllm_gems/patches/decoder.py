@@ -270,7 +270,7 @@ def _settle_cache(kv_cache: Any, layout: Callable[[Any, int], tuple[Any, Any]], 
     if kv_cache.dtype is not like.dtype or kv_cache.device != like.device or kv_cache.numel() == 0:
         raise Refused(f"a KV cache in {kv_cache.dtype} on {kv_cache.device}, hidden states in {like.dtype}")
     key, value = layout(kv_cache, head_size)
-    if key.stride(3) != 1 or value.stride(3) != 1:
+    if key.stride(3) != 1 or value.stride(3) != 1 or max(*key.stride(), *value.stride()) >= 2**31:
         raise Refused(f"a KV cache of strides {kv_cache.stride()}")
     at = kv_cache.data_ptr()
     strides = (*key.stride()[:3], *value.stride()[:3])
