@@ -30,8 +30,9 @@ MUST_SPILL = "a kernel that must spill"
 
 # Constexprs that say how large operands are, not how the work is divided. Kernels branch on whether they are 0 or 1.
 SIZES = {
-    "BLOCK_SIZE", "EXPERTS", "GROUP", "HALF", "HEAD", "HEAD_SIZE", "HIDDEN", "IN", "INNER", "KV_HEADS", "K_HEADS",
-    "OFFSET", "OUT", "Q_HEADS", "SECTION_H", "SECTION_T", "SECTION_W", "VARIANCE_SIZE", "WIDTH",
+    "BLOCK_SIZE", "EXPERTS", "GROUP", "HALF", "HEAD", "HEADS", "HEAD_SIZE", "HIDDEN", "IN", "INNER", "KV_HEADS",
+    "K_HEADS", "LATENT", "OFFSET", "OUT", "PADDED_HEADS", "Q_HEADS", "ROPE", "SECTION_H", "SECTION_T", "SECTION_W",
+    "VARIANCE_SIZE", "WIDTH",
 }  # fmt: skip
 
 

@@ -22,9 +22,17 @@ class _BuiltIn:
 
     @hookimpl
     def vllm_gems_kernels(self) -> Iterable[Kernel]:
-        from .kernels import activation, decode_attention, linear, rms_norm, rope_and_cache, rotary_embedding
+        from .kernels import (
+            activation,
+            decode_attention,
+            linear,
+            moe_routing,
+            rms_norm,
+            rope_and_cache,
+            rotary_embedding,
+        )
 
-        modules = rms_norm, rotary_embedding, activation, linear, rope_and_cache, decode_attention
+        modules = rms_norm, rotary_embedding, activation, linear, rope_and_cache, decode_attention, moe_routing
         return [kernel for module in modules for kernel in module.KERNELS]
 
     @hookimpl
@@ -35,9 +43,10 @@ class _BuiltIn:
 
     @hookimpl
     def vllm_gems_patches(self) -> Iterable[Patch]:
-        from .patches import activation, attention, decoder, layernorm, rotary
+        from .patches import activation, attention, decoder, layernorm, moe, rotary
 
-        return [patch for module in (layernorm, rotary, activation, attention, decoder) for patch in module.PATCHES]
+        modules = layernorm, rotary, activation, attention, decoder, moe
+        return [patch for module in modules for patch in module.PATCHES]
 
 
 class Catalog:

@@ -125,6 +125,23 @@ _ALL = (
     _decoder("qwen3", "Qwen3DecoderLayer"),
     _decoder("llama", "LlamaDecoderLayer"),
     Seam("layer.attention", (_ATTENTION,), layer=f"{_ATTENTION.module}:Attention", eager_only=True),
+    # Compiled by itself, in eager mode too. Kimi-K3's own model calls `fused_grouped_topk` beside it.
+    Seam(
+        "moe.grouped_topk",
+        (
+            _part(
+                "model_executor.layers.fused_moe.router.grouped_topk_router",
+                "grouped_topk",
+                (
+                    "(hidden_states, gating_output, topk, renormalize, num_expert_group=0, topk_group=0, "
+                    "scoring_func='softmax', routed_scaling_factor=1.0, e_score_correction_bias=None)",
+                ),
+                "5cd3f5a22fd6ddd3",
+                "2453cfecf85f886b",
+                "a60c606c083f00fd",
+            ),
+        ),
+    ),
     # vLLM IR existed from 0.20 to 0.33. Its ops take providers, of which the user chooses.
     Seam(
         "ir.rms_norm",

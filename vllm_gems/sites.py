@@ -280,3 +280,29 @@ def op_kernel(original: Any, site: Site, call: Callable[..., Any]) -> Callable[.
         return original.call_boxed(keyset, *args)
 
     return kernel
+
+
+def function(original: Callable[..., Any], site: Site, call: Callable[..., Any]) -> Callable[..., Any]:
+    """A replacement for a function of a module; Dynamo traces the original.
+
+    call takes the arguments as the original does. Whoever has copied the replacement out of the module keeps it when
+    it is taken off again, and after a failure gets the original from it.
+    """
+
+    # Without what the original has in its `__dict__`, where torch.compile leaves notes for Dynamo.
+    @functools.wraps(original, updated=())
+    def replacement(*args: Any, **kwargs: Any) -> Any:
+        if not site.failure and not is_tracing():
+            try:
+                result = call(*args, **kwargs)
+            except Refused as refusal:
+                site.decline(refusal)
+            except Exception as error:
+                site.fail(error)
+            else:
+                site.hits += 1
+                return result
+        return original(*args, **kwargs)
+
+    replacement.__vllm_gems__ = site  # type: ignore[attr-defined]
+    return replacement
