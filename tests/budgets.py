@@ -56,6 +56,11 @@ REGISTERS: dict[str, Registers] = {
     # Two accesses of 16 bytes a thread, with their angles and weights in float32, in programs of one warp: as many as
     # an SM takes, which is 32 of 64 registers, on sm_120 24 of 80. AMD: 8 waves.
     "_rope_and_cache_kernel": Registers(80, 64),
+    # Sums of 16 heads of 512 elements on four warps are 64, beside operands on their way from shared memory: two
+    # programs an SM, whose tiles are what it needs on its way. AMD: all that four waves have, whose tiles are in them.
+    "_mla_decode_kernel": Registers(240, 512),
+    # Four pieces of a head on one warp, 64 elements a thread, with their addresses: 20 warps. AMD: 8 waves.
+    "_mla_merge_kernel": Registers(96, 64),
     # Up to 16 experts a thread, each with its score and its number, in programs of one warp: 25 of 80 registers, more
     # than are needed to hide the wait for one load. AMD: half as many a thread.
     "_grouped_topk_kernel": Registers(80, 64),

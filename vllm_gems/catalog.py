@@ -26,13 +26,23 @@ class _BuiltIn:
             activation,
             decode_attention,
             linear,
+            mla_decode,
             moe_routing,
             rms_norm,
             rope_and_cache,
             rotary_embedding,
         )
 
-        modules = rms_norm, rotary_embedding, activation, linear, rope_and_cache, decode_attention, moe_routing
+        modules = (
+            rms_norm,
+            rotary_embedding,
+            activation,
+            linear,
+            rope_and_cache,
+            decode_attention,
+            moe_routing,
+            mla_decode,
+        )
         return [kernel for module in modules for kernel in module.KERNELS]
 
     @hookimpl
