@@ -94,7 +94,7 @@ def jobs_for(target: str) -> list[Job]:
     jobs = every_job(catalog().kernels.values())
     if target != MODELS_ON:
         return representatives(jobs)
-    of_models = [job for job in jobs if job.bench]
+    of_models = [job for job in jobs if job.bench and job.build.aligned and job.dtype == job.dtypes[-1]]
     return list({job.build: job for job in (*of_models, *representatives(jobs))}.values())
 
 

@@ -2,8 +2,8 @@
 
 Every configuration, which is all of a build but sizes and dtypes (warps, tiles, formula, alignment, what is absent),
 once in float32 with the largest sizes that the cases have, and if aligned once in bfloat16. For sm_90, where kernels
-are tuned and timed, also every different `Build` of the shapes of named models, in every dtype. The counts are printed
-as each architecture is done.
+are tuned and timed, also every different aligned `Build` of the shapes of named models, in bfloat16. The counts are
+printed as each architecture is done.
 """
 
 from __future__ import annotations
