@@ -19,6 +19,7 @@ from ..launch import Build, Launch, allocator, launcher, pointer
 from ..nouns import Case, Kernel
 from ..scratch import counters
 from .common import dtype_of, nbytes, power_of_two, randn, strided
+from .paged import pages_for, pages_refuse, random_pages
 
 # The accumulator of a group's heads is in registers; with more or larger heads it spills.
 MAX_HEAD_SIZE = 256
@@ -382,12 +383,8 @@ def decode_attention_refuses(
         return f"key_cache has heads of {key_cache.shape[3]} elements, query of {head_size}"
     if reason := _never(Heads(num_heads, key_cache.shape[2], head_size, key_cache.shape[1]), query.dtype):
         return reason
-    for name, x, shape in (("block_table", block_table, (num_reqs, "max_blocks")), ("seq_lens", seq_lens, (num_reqs,))):
-        fits = x.dim() == len(shape) and x.shape[0] == num_reqs and (x.shape[-1] <= 1 or x.stride(-1) == 1)
-        if not fits or x.dtype != torch.int32 or x.device != query.device:
-            have = f"{x.dtype} {tuple(x.shape)} of strides {x.stride()} on {x.device}"
-            wanted = ", ".join(map(str, shape))
-            return f"{name} is {have}, expected torch.int32 [{wanted}] on {query.device}, rows contiguous"
+    if reason := pages_refuse(block_table, seq_lens, num_reqs, query.device):
+        return reason
     if out is not None and (
         out.shape != query.shape
         or out.dtype != query.dtype
@@ -513,18 +510,9 @@ def _inputs(case: Case, dtype: str, device: str) -> dict[str, Any]:
     num_heads, _, head_size, block_size = _heads(case)
     seq_lens, poison = case["seq_lens"], case.get("poison", False)
     num_reqs, longest = len(seq_lens), max(seq_lens, default=0)
-    pages = [-(-seq_len // block_size) for seq_len in seq_lens]
-    num_blocks = sum(pages) + 3
+    num_blocks = sum(pages_for(seq_lens, block_size)) + 3
     key_cache, value_cache = _caches(case, num_blocks, dtype, device)
-    order = torch.randperm(num_blocks, dtype=torch.int32, device=device)
-    # Page ids that would fault, in a table with room for more requests' pages.
-    table = torch.full((num_reqs, -(-longest // block_size) + 5), 2**30, dtype=torch.int32, device=device)
-    unused = torch.ones((num_blocks, block_size), dtype=torch.bool, device=device)
-    for request, (count, of) in enumerate(zip(pages, order.split([*pages, 3]), strict=False)):
-        table[request, :count] = of
-        if poison:
-            slots = torch.arange(seq_lens[request], device=device)
-            unused[of.long()[slots // block_size], slots % block_size] = False
+    block_table, unused = random_pages(seq_lens, block_size, num_blocks, device)
     if poison:
         # Infinities become NaN in a product with zero, and are equal to themselves where NaN is not.
         key_cache[unused] = float("inf")
@@ -538,7 +526,7 @@ def _inputs(case: Case, dtype: str, device: str) -> dict[str, Any]:
         "query": query,
         "key_cache": key_cache,
         "value_cache": value_cache,
-        "block_table": table[:, : table.shape[1] - 3],
+        "block_table": block_table,
         "seq_lens": torch.tensor(seq_lens, dtype=torch.int32, device=device),
         "scale": head_size**-0.5,
         "max_seq_len": case.get("max_seq_len", longest),

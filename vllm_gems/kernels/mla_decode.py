@@ -18,6 +18,7 @@ from ..errors import Refused
 from ..launch import CPU, Build, Launch, allocator, launcher, pointer
 from ..nouns import Case, Kernel
 from .common import dtype_of, nbytes, power_of_two, randn, strided
+from .paged import pages_for, pages_refuse, random_pages
 
 # An accumulator of 64 heads fills the registers of eight warps; with larger vectors it spills.
 MAX_LATENT = 512
@@ -477,12 +478,8 @@ def mla_decode_refuses(
         return f"kv_cache of strides {kv_cache.stride()} has tokens of a page apart, or pages 2**31 elements"
     if reason := _never(Latents(num_heads, latent, width - latent, kv_cache.shape[1]), query.dtype):
         return reason
-    for name, x, shape in (("block_table", block_table, (num_reqs, "max_blocks")), ("seq_lens", seq_lens, (num_reqs,))):
-        fits = x.dim() == len(shape) and x.shape[0] == num_reqs and (x.shape[-1] <= 1 or x.stride(-1) == 1)
-        if not fits or x.dtype != torch.int32 or x.device != query.device:
-            have = f"{x.dtype} {tuple(x.shape)} of strides {x.stride()} on {x.device}"
-            wanted = ", ".join(map(str, shape))
-            return f"{name} is {have}, expected torch.int32 [{wanted}] on {query.device}, rows contiguous"
+    if reason := pages_refuse(block_table, seq_lens, num_reqs, query.device):
+        return reason
     if out is not None and (
         out.shape != (num_reqs, num_heads, latent)
         or out.dtype != query.dtype
@@ -613,19 +610,10 @@ def _inputs(case: Case, dtype: str, device: str) -> dict[str, Any]:
     num_heads, latent, rope, block_size = _latents(case)
     seq_lens, poison = case["seq_lens"], case.get("poison", False)
     num_reqs, longest, width = len(seq_lens), max(seq_lens, default=0), latent + rope
-    pages = [-(-seq_len // block_size) for seq_len in seq_lens]
-    num_blocks = sum(pages) + 3
+    num_blocks = sum(pages_for(seq_lens, block_size)) + 3
     gap = 16 * width if case.get("apart") else 0
     kv_cache = strided((num_blocks, block_size * width), dtype, device, gap).unflatten(1, (block_size, width))
-    order = torch.randperm(num_blocks, dtype=torch.int32, device=device)
-    # Page ids that would fault, in a table with room for more requests' pages.
-    table = torch.full((num_reqs, -(-longest // block_size) + 5), 2**30, dtype=torch.int32, device=device)
-    unused = torch.ones((num_blocks, block_size), dtype=torch.bool, device=device)
-    for request, (count, of) in enumerate(zip(pages, order.split([*pages, 3]), strict=False)):
-        table[request, :count] = of
-        if poison:
-            slots = torch.arange(seq_lens[request], device=device)
-            unused[of.long()[slots // block_size], slots % block_size] = False
+    block_table, unused = random_pages(seq_lens, block_size, num_blocks, device)
     if poison:
         # Infinities become NaN in a product with zero, and are equal to themselves where NaN is not.
         kv_cache[unused] = float("inf")
@@ -636,7 +624,7 @@ def _inputs(case: Case, dtype: str, device: str) -> dict[str, Any]:
     return {
         "query": query,
         "kv_cache": kv_cache,
-        "block_table": table[:, : table.shape[1] - 3],
+        "block_table": block_table,
         "seq_lens": torch.tensor(seq_lens, dtype=torch.int32, device=device),
         "scale": width**-0.5,
         "latent": latent,
