@@ -178,8 +178,7 @@ def tune(shapes: list[Shape], budget_s: float) -> dict[str, dict[str, Any]]:
                 print(f"{key_of(shape, rows)}: out of time after {len(scores)} of {len(tilings)} tilings")
                 break
             try:
-                launch.launcher(builds[shape, rows, tiling], DEVICE)
-                call = tiled(shape, rows, tiling)
+                call = ours(shape, tiling)
                 error = max(wrong(shape, call, inputs_of(shape, count, sets[0])) for count in CLASSES[rows])
             except Exception as failure:
                 print(f"{key_of(shape, rows)} {tiling}: {type(failure).__name__}: {failure}")
@@ -197,28 +196,6 @@ def tune(shapes: list[Shape], budget_s: float) -> dict[str, dict[str, Any]]:
         print(f"{key_of(shape, rows)}: {told}: {best}", flush=True)
         chosen[key_of(shape, rows)] = best._asdict()
     return chosen
-
-
-def tiled(shape: Shape, rows: int, tiling: Tiling) -> Callable[..., torch.Tensor]:
-    """`ours` with one tiling, without compiling it for other numbers of rows."""
-    from vllm_gems.scratch import counters
-
-    launched = launch.launcher(build_of(shape, rows, tiling, DTYPE), DEVICE)
-    tiles = -(-shape.out_features // tiling.cols)
-    kept = rows * tiling.cols * (2 if shape.gated else 1)
-
-    def call(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        out = torch.empty((x.shape[0], shape.out_features), dtype=DTYPE, device="cuda")
-        partial = torch.empty(tiles * tiling.split * kept, device="cuda") if tiling.split > 1 else None
-        counter = counters(DEVICE, tiles) if tiling.split > 1 else None
-        launched(
-            tiles * tiling.split, x.data_ptr(), weight.data_ptr(), 0 if bias is None else bias.data_ptr(),
-            out.data_ptr(), 0 if partial is None else partial.data_ptr(),
-            0 if counter is None else counter.data_ptr(), x.shape[0], shape.in_features,
-        )  # fmt: skip
-        return out
-
-    return call
 
 
 def compare(model: str, name: str, layer: Projection) -> Iterator[dict[str, Any]]:

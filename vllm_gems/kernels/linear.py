@@ -243,8 +243,8 @@ def bind_linear(
     """`linear` or `silu_gated_linear` with everything settled that a layer knows for ever.
 
     project(x_at, x_stride, weight_at, bias_at, out_at, num_rows) takes addresses, launches, and checks nothing but
-    their alignment. What aligned tensors need is compiled now. `tiling` is for those who measure tilings. Raises
-    Refused for layers that are not for us.
+    their alignment. What aligned tensors need is compiled now; with a `tiling`, which is for those who measure them, at
+    first use. Raises Refused for layers that are not for us.
     """
     if reason := _never(shape, dtype):
         raise Refused(reason)
@@ -257,8 +257,14 @@ def bind_linear(
         tiles = (shape.out_features + by.cols - 1) // by.cols
         return launch, tiles, by.split, rows * by.cols * (2 if shape.gated else 1)
 
-    # By the number of rows, which a decode step changes in steps of one: a look-up in a list.
-    aligned = [chosen(rows_class(max(rows, 1)), True) for rows in range(MAX_ROWS + 1)]
+    class ByRows(dict[int, _Chosen]):
+        def __missing__(self, num_rows: int) -> _Chosen:
+            return self.setdefault(num_rows, chosen(rows_class(max(num_rows, 1)), True))
+
+    # By the number of rows, which a decode step changes in steps of one: a look-up and no arithmetic.
+    aligned = ByRows()
+    for num_rows in range(MAX_ROWS + 1) if tiling is None else ():
+        aligned[num_rows]
 
     def project(x_at: int, x_stride: int, weight_at: int, bias_at: int, out_at: int, num_rows: int) -> None:
         found = aligned[num_rows]
