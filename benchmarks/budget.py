@@ -33,6 +33,7 @@ from benchmarks import measure, serve
 
 STEPS = 24
 ROUNDS = 3
+KERNELS = 16  # of a step that the record names
 # Part -> classes of modules, by the ends of their names.
 MODULES = {
     "linear layers": ("Linear", "LMHead", "Embedding"),
@@ -164,10 +165,10 @@ def host_budget(llm: Any, spec: dict[str, Any], batch: int) -> dict[str, float]:
     return {part: statistics.median(values) for part, values in samples.items()}
 
 
-def gpu_us(llm: Any, spec: dict[str, Any], batch: int) -> float:
-    """Microseconds of a step in which a kernel ran, their sum; 0 without a GPU."""
+def gpu_us(llm: Any, spec: dict[str, Any], batch: int) -> dict[str, float]:
+    """Microseconds of a step by kernel; none without a GPU."""
     if not torch.cuda.is_available():
-        return 0.0
+        return {}
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CUDA]) as found:
@@ -178,10 +179,17 @@ def gpu_us(llm: Any, spec: dict[str, Any], batch: int) -> float:
         torch.cuda.synchronize()
     # The profile has the prefill and the steps before and after, too: of those, each counts like one of these.
     steps = count + serve.WARMUP + 2
-    return sum(event.self_device_time_total for event in found.key_averages()) / steps
+    return {event.key: event.self_device_time_total / steps for event in found.key_averages()}
 
 
-def measure_all(args: argparse.Namespace) -> list[dict[str, Any]]:
+def longest(kernels: dict[str, float]) -> dict[str, float]:
+    """The kernels that take the most of a step, by the beginnings of their names."""
+    by_time = sorted(kernels.items(), key=lambda item: -item[1])[:KERNELS]
+    return {name[:80]: round(us, 1) for name, us in by_time}
+
+
+def measure_all(args: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Rows of the record, and each side's longest kernels by batch size."""
     model = serve.MODELS[args.model].with_layers(args.layers)
     os.environ.update(serve.environment(serve.Side("budget", "eager", True)))
     with tempfile.TemporaryDirectory() as folder:
@@ -193,7 +201,7 @@ def measure_all(args: argparse.Namespace) -> list[dict[str, Any]]:
         llm = serve.start_engine(spec)
         import vllm_gems
 
-        rows = []
+        rows, kernels = [], {}
         for batch in args.batches:
             found: dict[str, list[dict[str, float]]] = {"ours": [], "stock": []}
             for turn in range(-1, ROUNDS):
@@ -203,7 +211,9 @@ def measure_all(args: argparse.Namespace) -> list[dict[str, Any]]:
                     else:
                         vllm_gems.remove_gems_patches_from_vllm()
                     budget = host_budget(llm, spec, batch)
-                    budget["GPU at work"] = gpu_us(llm, spec, batch)
+                    by_kernel = gpu_us(llm, spec, batch)
+                    budget["GPU at work"] = sum(by_kernel.values())
+                    kernels[f"{batch}, {side}"] = longest(by_kernel)
                     if turn >= 0:  # the first compiles
                         found[side].append(budget)
             for part in found["ours"][0]:
@@ -218,7 +228,7 @@ def measure_all(args: argparse.Namespace) -> list[dict[str, Any]]:
                         }
                     )
                     print(f"batch {batch:4}  {part:34} {stock:10.0f} -> {ours:8.0f} us", flush=True)
-    return rows
+    return rows, kernels
 
 
 def draw(record: dict[str, Any], target: Path) -> None:
@@ -263,7 +273,10 @@ def main() -> None:
     if args.picture:
         draw(json.loads(args.record.read_text()), args.picture)
         return
-    print(measure.record("eager_budget", measure_all(args), folder=args.out, commit=args.commit))
+    rows, kernels = measure_all(args)
+    for case, times in kernels.items():
+        print(case, *(f"{us:9.1f}  {name}" for name, us in times.items()), sep="\n  ")
+    print(measure.record("eager_budget", rows, folder=args.out, commit=args.commit, kernels=kernels))
 
 
 if __name__ == "__main__":
