@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 import json
 import os
 import statistics
@@ -29,9 +30,11 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import vllm_gems
 from benchmarks import measure, serve
 
 STEPS = 24
+PROFILED = 6
 ROUNDS = 3
 KERNELS = 16  # of a step that the record names
 # Part -> classes of modules, by the ends of their names.
@@ -62,6 +65,8 @@ FUNCTIONS = {
     "model runner, the rest of it": (("runner", "execute_model"), ("runner", "sample_tokens")),
 }
 OUTSIDE = "engine, the rest of it"
+GPU = "GPU at work"
+SIDES = {"ours": vllm_gems.apply_gems_patches_to_vllm, "stock": vllm_gems.remove_gems_patches_from_vllm}
 
 
 class Stopwatch:
@@ -136,18 +141,18 @@ def stopwatches(llm: Any) -> Iterator[Stopwatch]:
             each()
 
 
-def steps_of(llm: Any, spec: dict[str, Any], batch: int) -> Iterator[Callable[[], Any]]:
-    """The engine's step, once for each step in which all requests decode; prefill and warm-up are done inside."""
+def steps_of(llm: Any, spec: dict[str, Any], batch: int, steps: int = STEPS) -> Iterator[Callable[[], Any]]:
+    """The engine's step, so many times, while all requests decode; prefill and warm-up are done inside."""
     from vllm import SamplingParams
 
     llm.reset_prefix_cache()
-    params = SamplingParams(max_tokens=serve.WARMUP + STEPS + 2, ignore_eos=True, detokenize=False, **serve.TIMED)
+    params = SamplingParams(max_tokens=serve.WARMUP + steps + 2, ignore_eos=True, detokenize=False, **serve.TIMED)
     engine = llm.llm_engine
     for number, prompt in enumerate(serve.random_prompts(batch, spec["vocabulary"], seed=batch)):
         engine.add_request(f"budget-{batch}-{number}", prompt, params)
     for _ in range(serve.WARMUP):
         engine.step()
-    for _ in range(STEPS):
+    for _ in range(steps):
         yield engine.step
     while engine.has_unfinished_requests():
         engine.step()
@@ -171,15 +176,15 @@ def gpu_us(llm: Any, spec: dict[str, Any], batch: int) -> dict[str, float]:
         return {}
     from torch.profiler import ProfilerActivity, profile
 
+    steps = steps_of(llm, spec, batch, PROFILED)
+    first = next(steps)
     with profile(activities=[ProfilerActivity.CUDA]) as found:
-        count = 0
-        for step in steps_of(llm, spec, batch):
+        for step in itertools.chain([first], itertools.islice(steps, PROFILED - 1)):
             step()
-            count += 1
         torch.cuda.synchronize()
-    # The profile has the prefill and the steps before and after, too: of those, each counts like one of these.
-    steps = count + serve.WARMUP + 2
-    return {event.key: event.self_device_time_total / steps for event in found.key_averages()}
+    for _ in steps:  # ends the requests
+        pass
+    return {event.key: event.self_device_time_total / PROFILED for event in found.key_averages()}
 
 
 def longest(kernels: dict[str, float]) -> dict[str, float]:
@@ -199,25 +204,27 @@ def measure_all(args: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[st
             "prefill": [], "side": {"dtype": "bfloat16", "mode": "eager"},
         }  # fmt: skip
         llm = serve.start_engine(spec)
-        import vllm_gems
-
-        rows, kernels = [], {}
-        for batch in args.batches:
-            found: dict[str, list[dict[str, float]]] = {"ours": [], "stock": []}
-            for turn in range(-1, ROUNDS):
-                for side in found:
-                    if side == "ours":
-                        vllm_gems.apply_gems_patches_to_vllm()
+        # Turn by turn, and in the first of them everything is compiled. Profiles come last: a process that has been
+        # profiled launches more slowly ever after.
+        found: dict[tuple[int, str], list[dict[str, float]]] = defaultdict(list)
+        kernels: dict[tuple[int, str], dict[str, float]] = {}
+        for turn in range(1 + ROUNDS + 1):
+            for side, switch in SIDES.items():
+                switch()
+                for batch in args.batches:
+                    if turn <= ROUNDS:
+                        found[batch, side].append(host_budget(llm, spec, batch))
                     else:
-                        vllm_gems.remove_gems_patches_from_vllm()
-                    budget = host_budget(llm, spec, batch)
-                    by_kernel = gpu_us(llm, spec, batch)
-                    budget["GPU at work"] = sum(by_kernel.values())
-                    kernels[f"{batch}, {side}"] = longest(by_kernel)
-                    if turn >= 0:  # the first compiles
-                        found[side].append(budget)
-            for part in found["ours"][0]:
-                ours, stock = (statistics.median(each[part] for each in found[side]) for side in ("ours", "stock"))
+                        kernels[batch, side] = gpu_us(llm, spec, batch)
+        rows = []
+        for batch in args.batches:
+            for part in (*MODULES, *FUNCTIONS, OUTSIDE, GPU):
+                ours, stock = (
+                    sum(kernels[batch, side].values())
+                    if part == GPU
+                    else statistics.median(each[part] for each in found[batch, side][1:])
+                    for side in SIDES
+                )
                 if ours or stock:
                     rows.append(
                         {
@@ -228,7 +235,7 @@ def measure_all(args: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[st
                         }
                     )
                     print(f"batch {batch:4}  {part:34} {stock:10.0f} -> {ours:8.0f} us", flush=True)
-    return rows, kernels
+    return rows, {f"batch {batch}, {side}": longest(times) for (batch, side), times in kernels.items()}
 
 
 def draw(record: dict[str, Any], target: Path) -> None:
@@ -236,7 +243,7 @@ def draw(record: dict[str, Any], target: Path) -> None:
     from matplotlib import pyplot
 
     batches = list(dict.fromkeys(row["case"]["batch"] for row in record["rows"]))
-    parts = [part for part in dict.fromkeys(row["case"]["part"] for row in record["rows"]) if part != "GPU at work"]
+    parts = [part for part in dict.fromkeys(row["case"]["part"] for row in record["rows"]) if part != GPU]
     value = {
         (row["case"]["batch"], row["case"]["part"], side): ms / 1e3
         for row in record["rows"]
@@ -250,8 +257,8 @@ def draw(record: dict[str, Any], target: Path) -> None:
         axes.barh(range(len(labels)), widths, left=left, label=part, color=pyplot.get_cmap("tab20")(index))
         left = [start + width for start, width in zip(left, widths, strict=True)]
     for at, (batch, side) in enumerate(labels):
-        gpu = value.get((batch, "GPU at work", side), 0.0)
-        axes.plot([gpu, gpu], [at - 0.45, at + 0.45], color="black", label="GPU at work" if at == 0 else None)
+        gpu = value.get((batch, GPU, side), 0.0)
+        axes.plot([gpu, gpu], [at - 0.45, at + 0.45], color="black", label=GPU if at == 0 else None)
     axes.set_yticks(range(len(labels)), [f"{side}, batch {batch}" for batch, side in labels])
     axes.invert_yaxis()
     axes.set_xlabel("ms of one decode step")

@@ -76,11 +76,12 @@ def candidates(shape: Shape, rows: int) -> Iterator[Tiling]:
             yield Tiling(cols, depth, split, swapped, 4, stages)
 
 
-def _compile(build: launch.Build) -> str:
+def _compile(key: tuple[Shape, int, Tiling]) -> str:
+    """Into Triton's cache; what went wrong, if something did."""
     from triton.backends.compiler import GPUTarget
 
     try:
-        launch.compile_for(build, GPUTarget("cuda", 90, 32))
+        launch.compile_for(build_of(*key, DTYPE), GPUTarget("cuda", 90, 32))
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     return ""
@@ -158,13 +159,9 @@ def tune(shapes: list[Shape], budget_s: float) -> dict[str, dict[str, Any]]:
         for shape in shapes
         for rows in CLASSES
     }
-    builds = {
-        (shape, rows, tiling): build_of(shape, rows, tiling, DTYPE)
-        for (shape, rows), tilings in jobs.items()
-        for tiling in tilings
-    }
+    builds = [(shape, rows, tiling) for (shape, rows), tilings in jobs.items() for tiling in tilings]
     with multiprocessing.get_context("spawn").Pool(len(os.sched_getaffinity(0))) as pool:
-        failed = dict(zip(builds, pool.map(_compile, builds.values(), chunksize=4), strict=True))
+        failed = dict(zip(builds, pool.map(_compile, builds, chunksize=4), strict=True))
     lost = sum(map(bool, failed.values()))
     print(f"{len(builds)} builds compiled in {time.monotonic() - began:.0f} s, {lost} failed", flush=True)
     chosen: dict[str, dict[str, Any]] = {}
