@@ -1,6 +1,6 @@
 """Where the host's time of one eager decode step goes, with and without the plugin, and how long the GPU works.
 
-    VLLM_GEMS_INCLUDE=default,decoder.*,attention.* python benchmarks/budget.py --model qwen2.5-7b --batches 1,32
+    python benchmarks/budget.py --model qwen2.5-7b --batches 1,32
     python benchmarks/budget.py --picture docs/eager.svg    # from the record that is there; needs matplotlib
 
 Writes the record `eager_budget`: microseconds of a step by part, medians over steps, from stopwatches around vLLM's own

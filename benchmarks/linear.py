@@ -59,7 +59,7 @@ def candidates(shape: Shape, rows: int) -> Iterator[Tiling]:
     """Tilings that can keep an H100 busy: enough programs, enough bytes on their way."""
     parts = 2 if shape.gated else 1
     for cols, depth, split, swapped, stages in itertools.product(
-        (16, 32, 64, 128), (64, 128, 256), (1, 2, 4, 8), (False, True), (3, 4, 6)
+        (32, 64, 128), (64, 128, 256), (1, 2, 4), (False, True), (3, 4, 6)
     ):
         programs = -(-shape.out_features // cols) * split
         stage = 2 * depth * (parts * cols + rows)
@@ -165,6 +165,8 @@ def tune(shapes: list[Shape], budget_s: float) -> dict[str, dict[str, Any]]:
     lost = sum(map(bool, failed.values()))
     print(f"{len(builds)} builds compiled in {time.monotonic() - began:.0f} s, {lost} failed", flush=True)
     chosen: dict[str, dict[str, Any]] = {}
+    # (gated, rows) -> by tiling, how many times the best of each shape it takes
+    ratios: dict[tuple[bool, int], dict[Tiling, list[float]]] = {}
     for (shape, rows), tilings in jobs.items():
         sets = weights(shape)
         scores: dict[Tiling, float] = {}
@@ -192,6 +194,14 @@ def tune(shapes: list[Shape], budget_s: float) -> dict[str, dict[str, Any]]:
         told = f"{scores[best]:.1f} us, default {first:.1f}, of {len(scores)}"
         print(f"{key_of(shape, rows)}: {told}: {best}", flush=True)
         chosen[key_of(shape, rows)] = best._asdict()
+        for tiling, score in scores.items():
+            ratios.setdefault((shape.gated, rows), {}).setdefault(tiling, []).append(score / scores[best])
+    for (gated, rows), by_tiling in ratios.items():
+        most = max(map(len, by_tiling.values()))
+        means = {each: statistics.geometric_mean(found) for each, found in by_tiling.items() if len(found) == most}
+        best = min(means, key=lambda tiling: means[tiling])
+        print(f"{key_of(None, rows, gated)}: {means[best]:.3f} of the best, over {most} shapes: {best}", flush=True)
+        chosen[key_of(None, rows, gated)] = best._asdict()
     return chosen
 
 

@@ -21,8 +21,7 @@ stock's, so that what separates us from stock is bfloat16's rounding and nothing
 compared with what the model's layers should give. Tokens decoded greedily and freely are compared as well, for
 information: random weights put the best two tokens so close that rounding decides.
 
---prefill times prefills of single prompts, in the same turns. `VLLM_GEMS_INCLUDE=default,decoder.*,attention.*` adds
-what is off by default.
+--prefill times prefills of single prompts, in the same turns.
 
 The exit status is 1 if logits or hits are not as they should be. Start-up is from the start of the process to an
 engine that is ready; the first process of a run fills caches for the others, so the least of each side counts.
@@ -48,6 +47,7 @@ import tempfile
 import time
 import zlib
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -258,7 +258,7 @@ def start_engine(spec: dict[str, Any]) -> Any:
         enable_prefix_caching=True,
         block_size=16,
         # Room for what is run here; without it vLLM measures how much there is, which takes time and varies.
-        **({"kv_cache_memory_bytes": 8 << 30} if has_gpu() else {}),
+        **({"kv_cache_memory_bytes": 8 << 30, "gpu_memory_utilization": 0.4} if has_gpu() else {}),
         **MODES[spec["side"]["mode"]],
     )
 
@@ -394,20 +394,24 @@ def prefill_ms(llm: Any, spec: dict[str, Any], length: int) -> list[float]:
     return times
 
 
-def in_turns(burst: Callable[[], list[float]], turns: int) -> dict[str, list[float]]:
+def in_turns(bursts: dict[str, Callable[[], list[float]]], turns: int) -> dict[str, dict[str, list[float]]]:
     """Median milliseconds of each burst, with the patches and without, which of them first by turns."""
     import vllm_gems
 
-    times: dict[str, list[float]] = {"ours": [], "stock": []}
-    burst()  # the first is slower
+    times: dict[str, dict[str, list[float]]] = {name: {"ours": [], "stock": []} for name in bursts}
+    for burst in bursts.values():  # the first is slower
+        burst()
     for turn in range(turns):
         for side in ("ours", "stock") if turn % 2 else ("stock", "ours"):
             if side == "ours":
                 vllm_gems.apply_gems_patches_to_vllm()
             else:
                 vllm_gems.remove_gems_patches_from_vllm()
-            times[side].append(round(statistics.median(burst()), 3))
+            for name, burst in bursts.items():
+                times[name][side].append(round(statistics.median(burst()), 3))
     vllm_gems.apply_gems_patches_to_vllm()
+    for name, found in times.items():
+        print(f"{name}: {found}", flush=True)
     return times
 
 
@@ -431,15 +435,10 @@ def child(spec: dict[str, Any]) -> None:
         print(f"batch {batch}: {statistics.median(result['ms'][batch]):.2f} ms per step", flush=True)
     found = own_report()
     result["report"] = found.to_json() if found else None
-    result["turns"], result["prefill_turns"] = {}, {}
-    if spec.get("turns"):
-        for batch in spec["batches"]:
-            result["turns"][batch] = turns = in_turns(functools.partial(decode_ms, llm, spec, batch), spec["turns"])
-            print(f"batch {batch}: {turns}", flush=True)
-        for length in spec["prefill"]:
-            burst = functools.partial(prefill_ms, llm, spec, length)
-            result["prefill_turns"][length] = turns = in_turns(burst, spec["turns"])
-            print(f"prefill {length}: {turns}", flush=True)
+    bursts: dict[str, Callable[[], list[float]]] = {}
+    bursts |= {f"batch {batch}": functools.partial(decode_ms, llm, spec, batch) for batch in spec["batches"]}
+    bursts |= {f"prefill {length}": functools.partial(prefill_ms, llm, spec, length) for length in spec["prefill"]}
+    result["turns"] = in_turns(bursts, spec["turns"]) if spec.get("turns") else {}
     (Path(spec["out"]) / f"{spec['name']}.json").write_text(json.dumps(result))
 
 
@@ -522,7 +521,7 @@ def run_child(side: Side, name: str, spec: dict[str, Any], out: Path) -> dict[st
 
 
 def run_all(args: argparse.Namespace, model: Model, out: Path) -> dict[str, dict[str, Any]]:
-    """Results by process, in turns: off, on, off, on, and the float32 engine at the end."""
+    """Results by process: off, on, off, on; the float32 engine beside one that is not timed, else at the end."""
     folder = out / "model"
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(model.config))
@@ -534,24 +533,35 @@ def run_all(args: argparse.Namespace, model: Model, out: Path) -> dict[str, dict
         "steps": args.steps,
         "prefill": args.prefill,
     }
-    results = {}
-    for turn in range(args.rounds):
-        for mode in args.modes:
-            for side in sides_of(mode):
-                name = f"{side.name}-{turn}"
-                by_turns = mode == "eager" and args.turns > 0
-                each = {**spec, "timed": not by_turns, "verify": verify_at if turn == 0 else []}
-                each["turns"] = args.turns if by_turns and side.gems and turn == 0 else 0
-                results[name] = run_child(side, name, each, out)
-    if args.against_compiled:
-        side = sides_of("compiled")[0]
-        results[f"{side.name}-0"] = run_child(side, f"{side.name}-0", {**spec, "timed": True, "verify": []}, out)
-    if args.reference:
+    results: dict[str, dict[str, Any]] = {}
+
+    def compare_with_reference() -> None:
         each = {**spec, "timed": False, "verify": verify_at, "batches": [1, 32], "prefill": []}
         try:
             results[REFERENCE.name] = run_child(REFERENCE, REFERENCE.name, each, out)
         except ChildError as error:  # what was timed is worth keeping; the record says what is missing
             print(error, flush=True)
+
+    with ThreadPoolExecutor(1) as beside:
+        for turn in range(args.rounds):
+            for mode in args.modes:
+                for side in sides_of(mode):
+                    name = f"{side.name}-{turn}"
+                    by_turns = mode == "eager" and args.turns > 0
+                    each = {**spec, "timed": not by_turns, "verify": verify_at if turn == 0 else []}
+                    each["turns"] = args.turns if by_turns and side.gems and turn == 0 else 0
+                    # A process that only decodes for comparison has time for another of its kind beside it.
+                    reference = None
+                    if args.reference and turn == 0 and by_turns and not side.gems:
+                        reference = beside.submit(compare_with_reference)
+                    results[name] = run_child(side, name, each, out)
+                    if reference:
+                        reference.result()
+        if args.against_compiled:
+            side = sides_of("compiled")[0]
+            results[f"{side.name}-0"] = run_child(side, f"{side.name}-0", {**spec, "timed": True, "verify": []}, out)
+    if args.reference and REFERENCE.name not in results:
+        compare_with_reference()
     return results
 
 
@@ -567,7 +577,7 @@ def rows_of(
     rows = []
     for mode in modes:
         for batch in batches:
-            turns = results[f"{sides_of(mode)[1].name}-0"]["turns"].get(str(batch))
+            turns = results[f"{sides_of(mode)[1].name}-0"]["turns"].get(f"batch {batch}")
             if turns:
                 stock, ours = turns["stock"], turns["ours"]
             else:
@@ -585,10 +595,12 @@ def rows_of(
                     "turns": {"ours": ours, "stock": stock},
                 }
             )
-        for length, turns in results[f"{sides_of(mode)[1].name}-0"]["prefill_turns"].items():
+        for name, turns in results[f"{sides_of(mode)[1].name}-0"]["turns"].items():
+            if not name.startswith("prefill"):
+                continue
             rows.append(
                 {
-                    "case": {"model": model.title, "mode": mode, "batch": 1, "prefill": int(length)},
+                    "case": {"model": model.title, "mode": mode, "batch": 1, "prefill": int(name.split()[1])},
                     "unit": "ms",
                     "ours": round(statistics.median(turns["ours"]), 3),
                     "against": {"stock": round(statistics.median(turns["stock"]), 3)},

@@ -179,22 +179,33 @@ def default_tiling(shape: Shape, rows: int, itemsize: int) -> Tiling:
     depth = 16 if itemsize == 4 else 64 if rows == 64 or shape.gated else 128
     if shape.gated and (rows == 64 or itemsize == 4):
         cols //= 2
-    tiles = (shape.out_features + cols - 1) // cols
-    split = 1
-    while tiles * split < _ENOUGH and split < 8 and shape.in_features // (2 * split) >= 4 * depth:
+    return _spread(Tiling(cols, depth, 1, False, 4, 4 if itemsize == 2 else 2), shape, _ENOUGH)
+
+
+def _spread(tiling: Tiling, shape: Shape, enough: int) -> Tiling:
+    """With the sum of a tile shared by several programs, if there are few tiles."""
+    tiles = (shape.out_features + tiling.cols - 1) // tiling.cols
+    split = tiling.split
+    while tiles * split < enough and split < 8 and shape.in_features // (2 * split) >= 4 * tiling.depth:
         split *= 2
-    return Tiling(cols, depth, split, False, 4, 4 if itemsize == 2 else 2)
+    return tiling._replace(split=split)
 
 
-def key_of(shape: Shape, rows: int) -> str:
-    """By which measured tilings are kept."""
+def key_of(shape: Shape | None, rows: int, gated: bool = False) -> str:
+    """By which measured tilings are kept; without a shape, those that are best for all that were measured together."""
+    if shape is None:
+        return f"any{' gated' if gated else ''} {rows}"
     return f"{shape.in_features}x{shape.out_features}{' gated' if shape.gated else ''} {rows}"
 
 
 def tiling_for(shape: Shape, rows: int, dtype: torch.dtype, device: int) -> Tiling:
-    """The measured tiling for this GPU, else the default."""
-    found = tuned.lookup("linear", device, key_of(shape, rows)) if dtype.itemsize == 2 else None
-    return default_tiling(shape, rows, dtype.itemsize) if found is None else Tiling(**found)
+    """The measured tiling for this GPU, else what was best for the shapes that were measured, else the default."""
+    if dtype.itemsize == 2:
+        if found := tuned.lookup("linear", device, key_of(shape, rows)):
+            return Tiling(**found)
+        if found := tuned.lookup("linear", device, key_of(None, rows, shape.gated)):
+            return _spread(Tiling(**found), shape, _ENOUGH // 2)
+    return default_tiling(shape, rows, dtype.itemsize)
 
 
 def build_of(shape: Shape, rows: int, tiling: Tiling, dtype: torch.dtype, aligned: bool = True) -> Build:

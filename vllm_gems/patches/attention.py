@@ -36,6 +36,5 @@ PATCHES = (
         (),
         _direct_call,
         "two entries into Python through the dispatcher less for each attention layer",
-        default=False,
     ),
 )

@@ -486,7 +486,6 @@ PATCHES = tuple(
         ("linear", "silu_gated_linear", "rope_and_cache", "qk_norm_rope_and_cache", "decode_attention"),
         _decoder_layer,
         "a decode step of a layer in eight direct launches, settled per layer",
-        default=False,
     )
     for name in ("qwen2", "qwen3", "llama")
 )  # fmt: skip
