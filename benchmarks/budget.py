@@ -201,7 +201,7 @@ def measure_all(args: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[st
         (Path(folder) / "config.json").write_text(json.dumps(model.config))
         spec = {
             "model": folder, "vocabulary": model.config["vocab_size"], "batches": args.batches, "steps": STEPS,
-            "prefill": [], "side": {"dtype": "bfloat16", "mode": "eager"},
+            "prefill": [], "kv_cache_bytes": 8 << 30, "side": {"dtype": "bfloat16", "mode": "eager"},
         }  # fmt: skip
         llm = serve.start_engine(spec)
         # Turn by turn, and in the first of them everything is compiled. Profiles come last: a process that has been

@@ -64,6 +64,7 @@ FORCED = 8  # decode steps whose logits are compared
 GREEDY = 32  # tokens decoded freely
 LONG = 200  # decode steps compared of one prompt whose prefix is cached
 MIXED = (40, 300, 3, 90, 170, 64)  # prompts that come while others decode
+MIXED_TOKENS = 24
 PREFILLS = 5  # of a burst
 PIECE = 64  # tokens of a prefill that one step takes, there
 TIMED = {"temperature": 0.8, "top_p": 0.95}
@@ -245,7 +246,7 @@ def start_engine(spec: dict[str, Any]) -> Any:
 
     register_loader()
     most = max(spec["batches"])
-    longest = max([PROMPT + max(WARMUP + spec["steps"], LONG, GREEDY), *MIXED, *spec["prefill"]])
+    longest = max(PROMPT + max(WARMUP + spec["steps"], LONG, GREEDY), max(MIXED) + MIXED_TOKENS, *spec["prefill"], 0)
     return LLM(
         spec["model"],
         dtype=spec["side"]["dtype"],
@@ -257,8 +258,9 @@ def start_engine(spec: dict[str, Any]) -> Any:
         max_num_batched_tokens=max(most * PROMPT, longest + 8),  # every prefill in one step
         enable_prefix_caching=True,
         block_size=16,
-        # Room for what is run here; without it vLLM measures how much there is, which takes time and varies.
-        **({"kv_cache_memory_bytes": 8 << 30, "gpu_memory_utilization": 0.4} if has_gpu() else {}),
+        # Room for what is run here; without it vLLM measures how much there is, which takes time and varies. The
+        # fraction is only what must be free for it to start.
+        **({"kv_cache_memory_bytes": spec["kv_cache_bytes"], "gpu_memory_utilization": 0.05} if has_gpu() else {}),
         **MODES[spec["side"]["mode"]],
     )
 
@@ -324,7 +326,7 @@ def verify(llm: Any, spec: dict[str, Any], case: str) -> dict[str, Any]:
     if case == "mixed":
 
         def mixed(greedy: dict[str, Any]) -> None:
-            run_mixed(llm, vocabulary, SamplingParams(max_tokens=24, **greedy))
+            run_mixed(llm, vocabulary, SamplingParams(max_tokens=MIXED_TOKENS, **greedy))
 
         return forced(llm, spec, case, mixed, tokens)
     steps, batch = (LONG if has_gpu() else FORCED, 1) if case == "long" else (FORCED, int(case))
@@ -526,42 +528,51 @@ def run_all(args: argparse.Namespace, model: Model, out: Path) -> dict[str, dict
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(model.config))
     verify_at = [*(str(batch) for batch in (1, 32) if batch <= max(args.batches)), "long", "mixed"]
+    if not args.logits:
+        verify_at = []
     spec = {
         "model": str(folder),
         "vocabulary": model.config["vocab_size"],
         "batches": args.batches,
         "steps": args.steps,
         "prefill": args.prefill,
+        "kv_cache_bytes": (8 if args.times else 1) << 30,
     }
     results: dict[str, dict[str, Any]] = {}
 
+    def run(side: Side, name: str, **more: Any) -> None:
+        each = {**spec, "timed": False, "verify": verify_at, "turns": 0, **more}
+        results[name] = run_child(side, name, each, out)
+
     def compare_with_reference() -> None:
-        each = {**spec, "timed": False, "verify": verify_at, "batches": [1, 32], "prefill": []}
         try:
-            results[REFERENCE.name] = run_child(REFERENCE, REFERENCE.name, each, out)
+            run(REFERENCE, REFERENCE.name, batches=[1, 32], prefill=[])
         except ChildError as error:  # what was timed is worth keeping; the record says what is missing
             print(error, flush=True)
 
-    with ThreadPoolExecutor(1) as beside:
-        for turn in range(args.rounds):
-            for mode in args.modes:
-                for side in sides_of(mode):
-                    name = f"{side.name}-{turn}"
-                    by_turns = mode == "eager" and args.turns > 0
-                    each = {**spec, "timed": not by_turns, "verify": verify_at if turn == 0 else []}
-                    each["turns"] = args.turns if by_turns and side.gems and turn == 0 else 0
-                    # A process that only decodes for comparison has time for another of its kind beside it.
-                    reference = None
-                    if args.reference and turn == 0 and by_turns and not side.gems:
-                        reference = beside.submit(compare_with_reference)
-                    results[name] = run_child(side, name, each, out)
-                    if reference:
-                        reference.result()
-        if args.against_compiled:
-            side = sides_of("compiled")[0]
-            results[f"{side.name}-0"] = run_child(side, f"{side.name}-0", {**spec, "timed": True, "verify": []}, out)
-    if args.reference and REFERENCE.name not in results:
-        compare_with_reference()
+    # What only decodes for comparison runs beside others of its kind, what is timed runs alone.
+    beside: list[tuple[Callable[..., None], tuple[Any, ...]]] = []
+    alone: list[tuple[Side, str, dict[str, Any]]] = []
+    for turn in range(args.rounds if args.times else 1):
+        for mode in args.modes:
+            for side in sides_of(mode):
+                name, verify = f"{side.name}-{turn}", verify_at if turn == 0 else []
+                by_turns = mode == "eager" and args.turns > 0
+                if args.times and (side.gems or not by_turns):
+                    turns = args.turns if by_turns and turn == 0 else 0
+                    alone.append((side, name, {"timed": not by_turns, "verify": verify, "turns": turns}))
+                elif verify:
+                    beside.append((run, (side, name)))
+    if args.reference and verify_at:
+        beside.append((compare_with_reference, ()))
+    if args.against_compiled:
+        side = sides_of("compiled")[0]
+        alone.append((side, f"{side.name}-0", {"timed": True, "verify": []}))
+    with ThreadPoolExecutor() as pool:
+        for future in [pool.submit(function, *arguments) for function, arguments in beside]:
+            future.result()
+    for side, name, more in alone:
+        run(side, name, **more)
     return results
 
 
@@ -678,16 +689,16 @@ def main() -> int:
             results = run_all(args, model, out)
         except ChildError as error:
             sys.exit(str(error))
-        verified = list(next(iter(results.values()))["verified"])
-        accuracy = [compare(out, mode, case, results) for mode in args.modes for case in verified]
         if args.out:
             args.out.mkdir(parents=True, exist_ok=True)
             (args.out / "serve-processes.json").write_text(json.dumps(results))
-    rows = rows_of(model, args.modes, args.batches, results)
+        verified = list(next(iter(results.values()))["verified"])
+        accuracy = [compare(out, mode, case, results) for mode in args.modes for case in verified]
+    rows = rows_of(model, args.modes, args.batches, results) if args.times else []
     hits = {mode: hits_of(results, mode) for mode in args.modes}
     problems = wrong_hits(model, hits["eager"]) if "eager" in args.modes else []
     problems += wrong_logits(accuracy)
-    if args.reference and REFERENCE.name not in results:
+    if args.reference and args.logits and REFERENCE.name not in results:
         problems.append("the float32 engine came to no result, so the logits were compared with stock's only")
     tell(rows, accuracy)
     more: dict[str, Any] = {
@@ -737,6 +748,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--turns", type=int, default=8, help="bursts of each side in eager mode; 0: none")
     parser.add_argument("--against-compiled", action="store_true", help="stock vLLM in its default mode, too")
     parser.add_argument("--prefill", type=_numbers, default=[], help="time prefills of prompts of so many tokens, too")
+    parser.add_argument("--no-logits", dest="logits", action="store_false", help="no comparison of logits; times only")
+    parser.add_argument("--no-times", dest="times", action="store_false", help="nothing is timed; logits only")
     parser.add_argument("--no-reference", dest="reference", action="store_false", help="no comparison with float32")
     parser.add_argument("--out", type=Path, help="a folder for what every process found")
     parser.add_argument("--record", metavar="NAME", help="write benchmarks/results/<gpu>/NAME.json, a copy to --out")

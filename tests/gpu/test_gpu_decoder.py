@@ -22,7 +22,7 @@ CASES = {"1", "32", "long", "mixed"}
 
 def serve(model: str, folder: Path) -> tuple[int, str, dict[str, Any]]:
     """(exit status, output, record) of the benchmark without its timings."""
-    options = ["--layers", "2", "--batches", "1,32", "--turns", "0", "--steps", "1", "--out", str(folder)]
+    options = ["--layers", "2", "--batches", "1,32", "--no-times", "--out", str(folder)]
     command = [sys.executable, str(ROOT / "benchmarks" / "serve.py"), "--model", model, *options]
     ran = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
     record = folder / "serve.json"
