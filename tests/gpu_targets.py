@@ -32,8 +32,11 @@ MUST_SPILL = "a kernel that must spill"
 SIZES = {
     "BLOCK_SIZE", "EXPERTS", "GROUP", "HALF", "HEAD", "HEADS", "HEAD_SIZE", "HIDDEN", "IN", "INNER", "KV_HEADS",
     "K_HEADS", "LATENT", "OFFSET", "OUT", "PADDED_HEADS", "Q_HEADS", "ROPE", "SECTION_H", "SECTION_T", "SECTION_W",
-    "VARIANCE_SIZE", "WIDTH",
+    "SPLIT", "VARIANCE_SIZE", "WIDTH",
 }  # fmt: skip
+
+# Constexprs for an operand that adds to what a kernel takes and changes nothing else of it: with it is enough.
+ADDED = {"HAS_BIAS"}
 
 
 class Job(NamedTuple):
@@ -63,15 +66,16 @@ def every_job(kernels: Iterable[Kernel]) -> list[Job]:
 
 
 def _sizes(build: Build) -> tuple[int, ...]:
-    return tuple(value for name, value in build.constexprs if name in SIZES)
+    return tuple(value for name, value in build.constexprs if name in ADDED or name in SIZES)
 
 
 def _configuration(job: Job) -> tuple[Any, ...]:
     """All that tells builds apart but sizes and dtypes."""
     build = job.build
-    constexprs = tuple((name, min(value, 2) if name in SIZES else value) for name, value in build.constexprs)
-    absent = tuple(kind is None for kind in build.types)
-    return (*job.kernels, build.num_warps, build.num_stages, build.aligned, absent, constexprs)
+    constexprs = tuple(
+        (name, min(value, 2) if name in SIZES else value) for name, value in build.constexprs if name not in ADDED
+    )
+    return (*job.kernels, build.num_warps, build.num_stages, build.aligned, constexprs)
 
 
 def representatives(jobs: Iterable[Job]) -> list[Job]:

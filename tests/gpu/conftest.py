@@ -43,6 +43,13 @@ def forget(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], None]]:
     gpu_cases.forget_compiled()  # what was settled meanwhile may be what a test broke on purpose
 
 
+def pytest_runtest_logreport(report: Any) -> None:
+    """Say at once what failed: a run on a GPU may be cut off before its summary."""
+    if report.failed:
+        crash = getattr(report.longrepr, "reprcrash", None)
+        print(f"\nFAILED {report.nodeid}: {crash.message[:300] if crash else report.longrepr}", flush=True)
+
+
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
     folder = config.getoption("record_to", None)
     if not folder and not config.getoption("record", False):

@@ -55,9 +55,10 @@ def test_launch_hooks_are_called(kernel: Kernel) -> None:
         checked(kernel, copies(inputs), "under a launch hook")
     finally:
         hook.remove(seen.append)
-    assert len(seen) == 1
+    launches = len(seen)
+    assert launches in (1, 2)  # some kernels put together in a second what a first one has shared out
     checked(kernel, copies(inputs), "after a launch hook")
-    assert len(seen) == 1
+    assert len(seen) == launches
 
 
 @each_kernel
