@@ -249,7 +249,7 @@ def draw(record: dict[str, Any], target: Path) -> None:
         for row in record["rows"]
         for side, ms in (("vLLM", row["against"]["stock"]), ("vllm-gems", row["ours"]))
     }
-    figure, axes = pyplot.subplots(figsize=(9, 1.2 + 0.9 * len(batches)), layout="constrained")
+    figure, axes = pyplot.subplots(figsize=(11, 1.2 + 0.9 * len(batches)), layout="constrained")
     labels = [(batch, side) for batch in batches for side in ("vLLM", "vllm-gems")]
     left = [0.0] * len(labels)
     for index, part in enumerate(parts):
@@ -263,7 +263,7 @@ def draw(record: dict[str, Any], target: Path) -> None:
     axes.invert_yaxis()
     axes.set_xlabel("ms of one decode step")
     axes.set_title(f"{record['rows'][0]['case']['model']}, enforce_eager, {record['gpu']}", fontsize="medium")
-    axes.legend(fontsize="x-small", loc="lower right")
+    axes.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1.01, 1.0))
     figure.savefig(target, metadata={"Date": None} if target.suffix == ".svg" else None)
 
 

@@ -21,7 +21,8 @@ stock's, so that what separates us from stock is bfloat16's rounding and nothing
 compared with what the model's layers should give. Tokens decoded greedily and freely are compared as well, for
 information: random weights put the best two tokens so close that rounding decides.
 
---prefill times prefills of single prompts, in the same turns.
+--prefill times prefills of single prompts, in the same turns. `VLLM_GEMS_INCLUDE=default,decoder.*` adds what is off by
+default.
 
 The exit status is 1 if logits or hits are not as they should be. Start-up is from the start of the process to an
 engine that is ready; the first process of a run fills caches for the others, so the least of each side counts.

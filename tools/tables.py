@@ -1,8 +1,8 @@
-"""README's tables of measured results and the report's speed-ups, made from the records under benchmarks/results.
+"""The documents' tables of measured results and the report's speed-ups, made from the records under benchmarks/results.
 
-`python tools/tables.py` rewrites what stands between `<!-- table:NAME -->` and `<!-- end -->` in the README, and
-`vllm_gems/measured/<gpu>.json`; with `--check` it exits with 1 if that would change something. A number that no record
-has cannot get in this way.
+`python tools/tables.py` rewrites what stands between `<!-- table:NAME -->` and `<!-- end -->` in the README and in
+`docs/eager.md`, and `vllm_gems/measured/<gpu>.json`; with `--check` it exits with 1 if that would change something. A
+number that no record has cannot get in this way.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from vllm_gems.catalog import catalog
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-README = ROOT / "README.md"
+DOCUMENTS = ROOT / "README.md", ROOT / "docs" / "eager.md"
 MEASURED = ROOT / "vllm_gems" / "measured"
 
 Record = dict[str, Any]
@@ -93,11 +93,53 @@ def serve_eager_dense(record: Record) -> str:
                 *((default,) if compiled else ()),
                 f"{row['ours']:.1f}",
                 f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})",
+                *((f"{row['ours'] / against['stock_compiled']:.2f}" if default else "",) if compiled else ()),
             )
         )
-    mode = ("vLLM compiled, ms",) if compiled else ()
-    head = ("model", "step", "vLLM, ms", *mode, "with vllm-gems, ms", "ratio of a turn, median (range)")
+    mode, ratio = (("vLLM compiled, ms",), ("ratio to compiled",)) if compiled else ((), ())
+    head = ("model", "step", "vLLM, ms", *mode, "with vllm-gems, ms", "ratio of a turn, median (range)", *ratio)
     return markdown(head, rows)
+
+
+def linear(record: Record) -> str:
+    """GPU and host time of linear layers against cuBLAS."""
+    rows = []
+    for (model, layer), group in by(record["rows"], "model", "layer").items():
+        for (num_tokens,), units in by(group, "num_tokens").items():
+            gpu, host = ({row["unit"]: row for row in units}[unit] for unit in ("us", "us of host time"))
+            times = [f"{side:.1f}" for row in (gpu, host) for side in (row["against"]["cublas"], row["ours"])]
+            ratio = f"{gpu['ours'] / gpu['against']['cublas']:.2f}"
+            rows.append((model, layer, str(num_tokens), *times[:2], ratio, f"{gpu['tb_per_s']:.2f}", *times[2:]))
+    head = ("model", "layer", "rows", "cuBLAS, GPU us", "ours", "ratio", "TB/s", "cuBLAS, host us", "ours")
+    return markdown(head, rows)
+
+
+def eager_budget(record: Record) -> str:
+    """Microseconds of a step by part: vLLM's and ours at each batch size."""
+    batches = list(dict.fromkeys(row["case"]["batch"] for row in record["rows"]))
+    parts = by(record["rows"], "part")
+    gpu = parts.pop(("GPU at work",), [])
+    total = {
+        batch: [sum(times) for times in zip(*(_sides(row) for group in parts.values() for row in group
+                                              if row["case"]["batch"] == batch), strict=True)]
+        for batch in batches
+    }  # fmt: skip
+    rows = [
+        (part, *(f"{side:.0f}" for batch in batches for side in _sides(_at(group, batch))))
+        for (part,), group in parts.items()
+    ]
+    rows.append(("**the host, in all**", *(f"**{side:.0f}**" for batch in batches for side in total[batch])))
+    rows.append(("the GPU at work", *(f"{side:.0f}" for batch in batches for side in _sides(_at(gpu, batch)))))
+    head = ("part", *(f"{side}, batch {batch}" for batch in batches for side in ("vLLM", "vllm-gems")))
+    return markdown(head, rows)
+
+
+def _sides(row: Record | None) -> tuple[float, float]:
+    return (row["against"]["stock"], row["ours"]) if row else (0.0, 0.0)
+
+
+def _at(group: Iterable[Record], batch: int) -> Record | None:
+    return next((row for row in group if row["case"]["batch"] == batch), None)
 
 
 def vllm_suite(record: Record) -> str:
@@ -111,7 +153,7 @@ def vllm_suite(record: Record) -> str:
 
 
 TABLES: dict[str, Callable[[Record], str]] = {
-    table.__name__: table for table in (kernels_gpu, host_per_call, serve_eager_dense, vllm_suite)
+    table.__name__: table for table in (kernels_gpu, host_per_call, serve_eager_dense, linear, eager_budget, vllm_suite)
 }
 
 
@@ -162,7 +204,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if something would")
     args = parser.parse_args()
-    wanted = {README: updated(README.read_text())}
+    wanted = {document: updated(document.read_text()) for document in DOCUMENTS}
     for folder in sorted(path for path in RESULTS.glob("*") if path.is_dir()):
         wanted[MEASURED / f"{folder.name}.json"] = speedups(folder.name)
     stale = [path for path, text in wanted.items() if not path.exists() or path.read_text() != text]

@@ -8,6 +8,7 @@ did not answer as often as there were decode steps; here nothing is timed.
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -24,7 +25,8 @@ def serve(model: str, folder: Path) -> tuple[int, str, dict[str, Any]]:
     """(exit status, output, record) of the benchmark without its timings."""
     options = ["--layers", "2", "--batches", "1,32", "--no-times", "--out", str(folder)]
     command = [sys.executable, str(ROOT / "benchmarks" / "serve.py"), "--model", model, *options]
-    ran = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
+    environ = {**os.environ, "VLLM_GEMS_INCLUDE": "default,decoder.*"}
+    ran = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=900, check=False)
     record = folder / "serve.json"
     return ran.returncode, ran.stdout + ran.stderr[-4000:], json.loads(record.read_text()) if record.exists() else {}
 
