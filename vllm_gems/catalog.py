@@ -53,9 +53,9 @@ class _BuiltIn:
 
     @hookimpl
     def vllm_gems_patches(self) -> Iterable[Patch]:
-        from .patches import activation, attention, decoder, layernorm, moe, rotary
+        from .patches import activation, attention, decoder, layernorm, mla, moe, rotary
 
-        modules = layernorm, rotary, activation, attention, decoder, moe
+        modules = layernorm, rotary, activation, attention, decoder, moe, mla
         return [patch for module in modules for patch in module.PATCHES]
 
 

@@ -142,6 +142,16 @@ _ALL = (
             ),
         ),
     ),
+    Seam(
+        "mla.triton_decode",
+        (
+            _part(
+                "v1.attention.backends.mla.triton_mla", "TritonMLAImpl.forward_mqa",
+                ("(self, q, kv_c_and_k_pe_cache, attn_metadata, layer)",),
+                "bacbf89dda890a57", "5ab6292374bd0acd", "1d2237cca1baf68f", "bebbe3ef519319ce", "da2d1a5b580e450c",
+            ),
+        ),
+    ),
     # vLLM IR existed from 0.20 to 0.33. Its ops take providers, of which the user chooses.
     Seam(
         "ir.rms_norm",

@@ -20,7 +20,8 @@ DTYPES = ("float32", "bfloat16")
 # Dense models whose decoder layers are replaced as a whole, in a process where vLLM's FlashAttention backend runs on
 # the CPU (tools/flash_on_cpu.py); these patches are asked for by name.
 DENSE = ("qwen2", "qwen3", "llama")
-DECODER = {"VLLM_GEMS_INCLUDE": "decoder.*,attention.*,layernorm.*,rotary.*,activation.*"}
+# Models with latent attention run vLLM's Triton MLA backend there.
+DECODER = {"VLLM_GEMS_INCLUDE": "decoder.*,attention.*,mla.*,layernorm.*,rotary.*,activation.*"}
 # Prefills in pieces, so that they share batches with decoding requests, and prompts that find their prefix cached.
 CHUNKED = {"max_num_batched_tokens": 16, "enable_prefix_caching": True, "block_size": 16}
 PROMPTS = [[1, 20, 90, 33, 250, 300, 7, 8], [1, *range(100, 140)], [1, 5]]
@@ -97,10 +98,12 @@ def llama_job(tiny: Path) -> dict[str, Any]:
 
 
 def decoder_jobs(tiny: Path) -> Iterator[dict[str, Any]]:
-    """Each dense model with whole prompts, and one with prompts in pieces."""
+    """Each dense model with whole prompts, one with prompts in pieces, and those with latent attention."""
     for model in DENSE:
         yield {**one_job(tiny, model), "model": str(tiny / model)}
     yield {**one_job(tiny, "chunked", **CHUNKED), "model": str(tiny / "qwen3")}
+    for model in REFEREED:
+        yield {**one_job(tiny, model), "model": str(tiny / model)}
 
 
 def one_job(tiny: Path, name: str, **options: Any) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from engine_runs import DECODER, DENSE, ROOT, TOKENS, Run, checked, environment
+from engine_runs import DECODER, DENSE, REFEREED, ROOT, TOKENS, Run, checked, environment
 
 Runs = dict[str, Callable[[], Run]]
 LAYERS = 2
@@ -42,6 +42,13 @@ def test_mixed_batches_went_to_the_original(runs: Runs) -> None:
     job = runs["decoder"]().job("chunked")
     assert 0 < job["hits"]["decoder.qwen3"] < LAYERS * (TOKENS - 1) * 2
     assert job["hits"]["activation.silu_and_mul"] > LAYERS
+
+
+@pytest.mark.parametrize("model", REFEREED)
+def test_latent_attention_of_decode_steps_was_ours(runs: Runs, model: str) -> None:
+    job = runs["decoder"]().job(model)
+    assert job["tokens"] == runs["off"]().job(f"{model} transformers")["tokens"]
+    assert job["hits"]["mla.triton_decode"] == LAYERS * (TOKENS - 1)
 
 
 def test_report_counts_layers_and_reasons(runs: Runs) -> None:

@@ -37,7 +37,8 @@ _MERGE_MANY = 1024
 @triton.jit
 def _mla_decode_kernel(
     # Tensors
-    query_ptr,  # [num_reqs, HEADS, LATENT + ROPE]
+    query_ptr,  # [num_reqs, HEADS, LATENT]
+    query_rope_ptr,  # [num_reqs, HEADS, ROPE]
     cache_ptr,  # [num_blocks, BLOCK_SIZE, LATENT + ROPE], tokens of a page contiguous
     block_table_ptr,  # [num_reqs, max_blocks]
     seq_lens_ptr,  # [num_reqs]
@@ -49,6 +50,8 @@ def _mla_decode_kernel(
     # Scalars, strides in elements
     query_stride,
     query_head_stride,
+    query_rope_stride,
+    query_rope_head_stride,
     cache_block_stride,
     block_table_stride,
     out_stride,
@@ -125,11 +128,14 @@ def _mla_decode_kernel(
     head = head_tile * ROWS + row
     head_live = head < HEADS
     dim = tl.arange(0, LATENT)
-    dim_rope = LATENT + tl.arange(0, ROPE)
+    dim_rope = tl.arange(0, ROPE)
     tokens = tl.arange(0, TILE)
-    query_head_ptr = query_ptr + request * query_stride + head[:, None] * query_head_stride
-    query = tl.load(query_head_ptr + dim[None, :], mask=head_live[:, None], other=0.0)
-    query_rope = tl.load(query_head_ptr + dim_rope[None, :], mask=head_live[:, None], other=0.0)
+    query_ptr += request * query_stride
+    query_rope_ptr += request * query_rope_stride
+    query_at = query_ptr + head[:, None] * query_head_stride + dim[None, :]
+    query_rope_at = query_rope_ptr + head[:, None] * query_rope_head_stride + dim_rope[None, :]
+    query = tl.load(query_at, mask=head_live[:, None], other=0.0)
+    query_rope = tl.load(query_rope_at, mask=head_live[:, None], other=0.0)
 
     # Powers of two instead of e.
     log2_scale = scale * 1.4426950408889634
@@ -156,7 +162,7 @@ def _mla_decode_kernel(
             page = tl.load(pages_ptr + (token + TILE) // BLOCK_SIZE, mask=token + TILE < seq_len, other=0)
         # One tile in shared memory for both products: as keys, and as values.
         latent = tl.load(token_ptr + dim[None, :], mask=live[:, None], other=0.0)
-        rope = tl.load(token_ptr + dim_rope[None, :], mask=live[:, None], other=0.0)
+        rope = tl.load(token_ptr + LATENT + dim_rope[None, :], mask=live[:, None], other=0.0)
 
         score = tl.dot(query_rope, tl.trans(rope), input_precision="ieee")
         score = tl.dot(query, tl.trans(latent), score, input_precision="ieee") * log2_scale
@@ -284,6 +290,7 @@ def _build(latents: Latents, dtype: torch.dtype, split: bool, aligned: bool = Tr
         types=(
             x,
             x,
+            x,
             "*i32",
             "*i32",
             x,
@@ -291,7 +298,7 @@ def _build(latents: Latents, dtype: torch.dtype, split: bool, aligned: bool = Tr
             "*fp32" if split else None,
             "*fp32" if split else None,
             "*i32" if split else None,
-            *("i32/16",) * 3,
+            *("i32/16",) * 5,
             "i32",
             "i32/16",
             "i32",
@@ -372,12 +379,13 @@ def _never(latents: Latents, dtype: torch.dtype) -> str | None:
 def bind_mla_decode(latents: Latents, dtype: torch.dtype, device: int) -> Callable[..., None]:
     """`mla_decode` with everything settled that a layer knows for ever:
 
-    attend(query_at, query_stride, query_head_stride, cache_at, cache_block_stride, block_table_at,
-    block_table_stride, seq_lens_at, out_at, out_stride, lse_at, num_reqs, shares, scale)
+    attend(query_at, query_stride, query_head_stride, rope_at, rope_stride, rope_head_stride, cache_at,
+    cache_block_stride, block_table_at, block_table_stride, seq_lens_at, out_at, out_stride, lse_at, num_reqs, shares,
+    scale)
 
-    Addresses are integers, strides in elements. shares: what the function of that name says, which is the same for all
-    layers of a step; with 1 a request's result does not depend on the others. Nothing is checked, and memory is the
-    caller's to keep.
+    Addresses are integers, strides in elements; the query's two parts may be two tensors. shares: what the function of
+    that name says, which is the same for all layers of a step; with 1 a request's result does not depend on the others.
+    Nothing is checked, and memory is the caller's to keep.
 
     What aligned tensors need is compiled now, the rest at first use.
     """
@@ -403,6 +411,9 @@ def bind_mla_decode(latents: Latents, dtype: torch.dtype, device: int) -> Callab
         query_at: int,
         query_stride: int,
         query_head_stride: int,
+        rope_at: int,
+        rope_stride: int,
+        rope_head_stride: int,
         cache_at: int,
         cache_block_stride: int,
         block_table_at: int,
@@ -415,13 +426,14 @@ def bind_mla_decode(latents: Latents, dtype: torch.dtype, device: int) -> Callab
         shares: int,
         scale: float,
     ) -> None:
-        bits = query_at | cache_at | block_table_at | seq_lens_at | out_at | lse_at
-        bits |= query_stride | query_head_stride | cache_block_stride | out_stride
+        bits = query_at | rope_at | cache_at | block_table_at | seq_lens_at | out_at | lse_at
+        bits |= query_stride | query_head_stride | rope_stride | rope_head_stride | cache_block_stride | out_stride
         if shares == 1:
             launch = launch_for(False, False) if bits & 15 else whole
             launch(
-                num_reqs * head_tiles, query_at, cache_at, block_table_at, seq_lens_at, out_at, lse_at, 0, 0, 0,
-                query_stride, query_head_stride, cache_block_stride, block_table_stride, out_stride, num_reqs, 1, scale,
+                num_reqs * head_tiles, query_at, rope_at, cache_at, block_table_at, seq_lens_at, out_at, lse_at,
+                0, 0, 0, query_stride, query_head_stride, rope_stride, rope_head_stride, cache_block_stride,
+                block_table_stride, out_stride, num_reqs, 1, scale,
             )  # fmt: skip
             return
         # Freed on return, for what this stream does next. Results first, whose alignment is that of the whole.
@@ -437,9 +449,9 @@ def bind_mla_decode(latents: Latents, dtype: torch.dtype, device: int) -> Callab
             launch, merge = split, merge_wide if wide else merge_narrow
         # As many full shares as there are at most, and the rest of each request.
         launch(
-            (shares + num_reqs) * head_tiles, query_at, cache_at, block_table_at, seq_lens_at, out_at, lse_at,
-            partial_at, partial_lse_at, pieces_at, query_stride, query_head_stride, cache_block_stride,
-            block_table_stride, out_stride, num_reqs, shares, scale,
+            (shares + num_reqs) * head_tiles, query_at, rope_at, cache_at, block_table_at, seq_lens_at, out_at, lse_at,
+            partial_at, partial_lse_at, pieces_at, query_stride, query_head_stride, rope_stride, rope_head_stride,
+            cache_block_stride, block_table_stride, out_stride, num_reqs, shares, scale,
         )  # fmt: skip
         block = min((_MERGE_WIDE if wide else _MERGE_NARROW)[1], latent)
         merge(
@@ -539,10 +551,12 @@ def mla_decode(
         lse = torch.empty((num_reqs, num_heads), dtype=torch.float32, device=query.device)
     longest = block_table.shape[1] * block_size if max_seq_len is None else max_seq_len
     if num_reqs:
+        strides = query.stride()[:2]
         attend(
-            query.data_ptr(), query.stride(0), query.stride(1), kv_cache.data_ptr(), kv_cache.stride(0),
-            block_table.data_ptr(), block_table.stride(0), seq_lens.data_ptr(), out.data_ptr(), out.stride(0),
-            lse.data_ptr(), num_reqs, shares(num_reqs, num_heads, longest, device), scale,
+            query.data_ptr(), *strides, query.data_ptr() + latent * query.element_size(), *strides,
+            kv_cache.data_ptr(), kv_cache.stride(0), block_table.data_ptr(), block_table.stride(0),
+            seq_lens.data_ptr(), out.data_ptr(), out.stride(0), lse.data_ptr(), num_reqs,
+            shares(num_reqs, num_heads, longest, device), scale,
         )  # fmt: skip
     return out, lse
 
