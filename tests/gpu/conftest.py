@@ -31,6 +31,13 @@ def _gpu() -> None:
         pytest.skip("TRITON_INTERPRET is set, so no kernel would run on the GPU")
 
 
+@pytest.fixture(autouse=True)
+def _memory() -> Iterator[None]:
+    """Several of these processes share a GPU, and PyTorch gives nothing back by itself."""
+    yield
+    torch.cuda.empty_cache()
+
+
 @pytest.fixture
 def forget(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], None]]:
     """A function after which no kernel is compiled, as in a process that has just begun."""
