@@ -9,6 +9,7 @@ imported without TRITON_INTERPRET, and so that it can be stopped: compilers have
 from __future__ import annotations
 
 import collections
+import inspect
 import json
 import re
 import subprocess
@@ -78,15 +79,21 @@ def _configuration(job: Job) -> tuple[Any, ...]:
     return (*job.kernels, build.num_warps, build.num_stages, build.aligned, constexprs)
 
 
-def representatives(jobs: Iterable[Job]) -> list[Job]:
-    """Of each configuration the build with the largest sizes, in the kernel's first dtype; if aligned, in its last too.
+def _has_products(build: Build) -> bool:
+    """Which every architecture does in its own way, and in 16 bits not as in float32."""
+    return "tl.dot(" in inspect.getsource(sys.modules[build.function.__module__])
 
-    That is float32, which takes the most registers, and bfloat16, which models are served in and which architectures
-    convert each in its own way.
+
+def representatives(jobs: Iterable[Job], target: str) -> list[Job]:
+    """Of each configuration the build with the largest sizes, in the kernel's first dtype, and in its last too if it is
+    aligned, and `target` is where models are timed or the kernel has products.
+
+    That is float32, which takes the most registers, and bfloat16, which models are served in.
     """
     chosen: dict[tuple[Any, ...], Job] = {}
     for job in jobs:
-        if job.dtype == job.dtypes[0] or (job.dtype == job.dtypes[-1] and job.build.aligned):
+        last = job.build.aligned and (target == MODELS_ON or _has_products(job.build))
+        if job.dtype == job.dtypes[0] or (job.dtype == job.dtypes[-1] and last):
             key = (job.dtype, *_configuration(job))
             if key not in chosen or _sizes(job.build) > _sizes(chosen[key].build):
                 chosen[key] = job
@@ -97,9 +104,9 @@ def jobs_for(target: str) -> list[Job]:
     """What is compiled for `target`."""
     jobs = every_job(catalog().kernels.values())
     if target != MODELS_ON:
-        return representatives(jobs)
+        return representatives(jobs, target)
     of_models = [job for job in jobs if job.bench and job.build.aligned and job.dtype == job.dtypes[-1]]
-    return list({job.build: job for job in (*of_models, *representatives(jobs))}.values())
+    return list({job.build: job for job in (*of_models, *representatives(jobs, target))}.values())
 
 
 @triton.jit

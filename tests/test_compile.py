@@ -1,9 +1,9 @@
 """Every kernel compiles for every architecture within `budgets`, without a GPU.
 
 Every configuration, which is all of a build but sizes and dtypes (warps, tiles, formula, alignment, what is absent),
-once in float32 with the largest sizes that the cases have, and if aligned once in bfloat16. For sm_90, where kernels
-are tuned and timed, also every different aligned `Build` of the shapes of named models, in bfloat16. The counts are
-printed as each architecture is done.
+once in float32 with the largest sizes that the cases have, and if aligned and with products once in bfloat16. For
+sm_90, where kernels are tuned and timed, all that are aligned in bfloat16, and every different aligned `Build` of the
+shapes of named models. The counts are printed as each architecture is done.
 """
 
 from __future__ import annotations
