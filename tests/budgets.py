@@ -61,6 +61,10 @@ REGISTERS: dict[str, Registers] = {
     "_mla_decode_kernel": Registers(240, 512),
     # Four pieces of a head on one warp, 64 elements a thread, with their addresses: 20 warps. AMD: 8 waves.
     "_mla_merge_kernel": Registers(96, 64),
+    # Sixteen ranges of four logits a thread are 64 sums, of which what goes is compared: two programs of eight warps.
+    "_top_p_digit_kernel": Registers(128, 128),
+    # 32 logits a thread, their order and their rank: two programs of eight warps.
+    "_top_p_mask_kernel": Registers(128, 128),
     # Up to 16 experts a thread, each with its score and its number, in programs of one warp: 25 of 80 registers, more
     # than are needed to hide the wait for one load. AMD: half as many a thread.
     "_grouped_topk_kernel": Registers(80, 64),

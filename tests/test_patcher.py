@@ -496,6 +496,26 @@ def test_a_function_declines_and_fails_and_copies_of_it_follow(monkeypatch: pyte
     in_child(check)
 
 
+def test_a_copy_of_a_function_follows_undo_and_the_next_apply() -> None:
+    def adapt(original: Any, site: Any) -> Any:
+        return function(original, site, lambda x: ("ours", x))
+
+    def check() -> None:
+        module = importlib.import_module(MODULE)
+        patcher = toy.patcher(toy.patch("toy.function", "function", adapt))
+        patcher.apply(Policy())
+        copied = module.function
+        patcher.undo()
+        assert copied(1) == ("stock", 1)
+        patcher.apply(Policy())
+        assert module.function is copied
+        assert copied(1) == ("ours", 1)
+        (row,) = patcher.rows()
+        assert row.hits == 1
+
+    in_child(check)
+
+
 def test_batch_invariance_and_a_missing_gpu_refuse_everything(monkeypatch: pytest.MonkeyPatch) -> None:
     def check(word: str) -> None:
         importlib.import_module(MODULE)

@@ -73,6 +73,8 @@ class AttributeBinder:
             else:
                 setattr(owner, attribute, before)
             _reseat(owner, replacement, original)
+            if hasattr(replacement, "live"):  # for those who have copied it
+                replacement.live = None
 
         return Bound(undo, f"{original.__module__}.{original.__qualname__}")
 

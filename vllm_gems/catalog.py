@@ -31,6 +31,7 @@ class _BuiltIn:
             rms_norm,
             rope_and_cache,
             rotary_embedding,
+            top_p,
         )
 
         modules = (
@@ -42,6 +43,7 @@ class _BuiltIn:
             decode_attention,
             moe_routing,
             mla_decode,
+            top_p,
         )
         return [kernel for module in modules for kernel in module.KERNELS]
 
@@ -53,9 +55,9 @@ class _BuiltIn:
 
     @hookimpl
     def vllm_gems_patches(self) -> Iterable[Patch]:
-        from .patches import activation, attention, decoder, layernorm, mla, moe, rotary
+        from .patches import activation, attention, decoder, layernorm, mla, moe, rotary, sampler
 
-        modules = layernorm, rotary, activation, attention, decoder, moe, mla
+        modules = layernorm, rotary, activation, attention, decoder, moe, mla, sampler
         return [patch for module in modules for patch in module.PATCHES]
 
 

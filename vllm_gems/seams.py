@@ -152,6 +152,16 @@ _ALL = (
             ),
         ),
     ),
+    Seam(
+        "sampler.top_k_top_p",
+        (
+            _part(
+                "v1.sample.ops.topk_topp_sampler", "apply_top_k_top_p",
+                ("(logits, k, p)", "(logits, k, p, has_topp_only_rows=True)"),  # 0.33
+                "486ddf78855eb514", "9003c2bd8dff0fa9", "2383a0dee300cca0", "6948048b85a972bb",
+            ),
+        ),
+    ),
     # vLLM IR existed from 0.20 to 0.33. Its ops take providers, of which the user chooses.
     Seam(
         "ir.rms_norm",

@@ -283,26 +283,41 @@ def op_kernel(original: Any, site: Site, call: Callable[..., Any]) -> Callable[.
 
 
 def function(original: Callable[..., Any], site: Site, call: Callable[..., Any]) -> Callable[..., Any]:
-    """A replacement for a function of a module; Dynamo traces the original.
+    """A replacement for a function of a module, or a method that is called as one; Dynamo traces the original.
 
-    call takes the arguments as the original does. Whoever has copied the replacement out of the module keeps it when
-    it is taken off again, and after a failure gets the original from it.
+    call takes the arguments as the original does. The same replacement each time, because others may have copied it out
+    of its module: they too get the original from it while the patch is off (`live` is None) or has failed.
     """
+    replacement = _REPLACEMENTS.get(original)
+    if replacement is None:
+        replacement = _REPLACEMENTS[original] = _replacement(original)
+    replacement.live = site, call
+    replacement.__vllm_gems__ = site
+    return replacement
 
+
+# original -> what stands in for it
+_REPLACEMENTS: dict[Any, Any] = {}
+
+
+def _replacement(original: Callable[..., Any]) -> Any:
     # Without what the original has in its `__dict__`, where torch.compile leaves notes for Dynamo.
     @functools.wraps(original, updated=())
     def replacement(*args: Any, **kwargs: Any) -> Any:
-        if not site.failure and not is_tracing():
-            try:
-                result = call(*args, **kwargs)
-            except Refused as refusal:
-                site.decline(refusal)
-            except Exception as error:
-                site.fail(error)
-            else:
-                site.hits += 1
-                return result
+        live = this.live
+        if live is None or live[0].failure or is_tracing():
+            return original(*args, **kwargs)
+        site, call = live
+        try:
+            result = call(*args, **kwargs)
+        except Refused as refusal:
+            site.decline(refusal)
+        except Exception as error:
+            site.fail(error)
+        else:
+            site.hits += 1
+            return result
         return original(*args, **kwargs)
 
-    replacement.__vllm_gems__ = site  # type: ignore[attr-defined]
-    return replacement
+    this: Any = replacement
+    return this

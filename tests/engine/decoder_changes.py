@@ -1,4 +1,4 @@
-"""What happens around a settled decoder layer, in one engine: hooks, new weights, undo, a failure.
+"""What happens around a settled decoder layer, in one engine: hooks, new weights, undo, a failure. And top-p sampling.
 
     python decoder_changes.py MODEL FOUND.json
 
@@ -64,6 +64,8 @@ def main() -> None:
 
     found: dict[str, Any] = {"plain": tried() | {"passes": TOKENS}}
 
+    found["top_p"] = top_p()
+
     hook = layers[0].mlp.down_proj.register_forward_hook(count)
     found["hooked"] = tried() | {"hook_calls": passes}
     hook.remove()
@@ -97,6 +99,30 @@ def main() -> None:
     vllm_gems.apply_gems_patches_to_vllm()
     found["failed"] = tried()
     target.write_text(json.dumps(found, indent=1))
+
+
+def top_p() -> dict[str, Any]:
+    """What the sampler calls against vLLM's own for small batches: rows that differ, hits, what was declined."""
+    import torch
+    from vllm.v1.sample.ops import topk_topp_sampler
+    from vllm.v1.worker.gpu.sample import states
+
+    import vllm_gems
+
+    torch.manual_seed(0)
+    logits = 4 * torch.randn(6, 9000)
+    p = torch.tensor([0.05, 0.5, 0.8, 0.9, 0.95, 1.0])
+    wanted = topk_topp_sampler.apply_top_k_top_p_pytorch(logits.clone(), None, p)
+    wanted[p == 1.0] = logits[p == 1.0]  # vLLM drops what has no probability beside the others
+    # By the name that the GPU's sampler has imported.
+    got = states.apply_top_k_top_p(logits.clone(), None, p)
+    states.apply_top_k_top_p(logits.clone(), torch.full((6,), 5), p)
+    row = next(row for row in vllm_gems.report().rows if row.patch == "sampler.top_p")
+    return {
+        "different": [index for index in range(6) if not torch.equal(got[index], wanted[index])],
+        "hits": row.hits,
+        "declined": dict(row.declined),
+    }
 
 
 if __name__ == "__main__":

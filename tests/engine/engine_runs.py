@@ -21,7 +21,7 @@ DTYPES = ("float32", "bfloat16")
 # the CPU (tools/flash_on_cpu.py); these patches are asked for by name.
 DENSE = ("qwen2", "qwen3", "llama")
 # Models with latent attention run vLLM's Triton MLA backend there.
-DECODER = {"VLLM_GEMS_INCLUDE": "decoder.*,attention.*,mla.*,layernorm.*,rotary.*,activation.*"}
+DECODER = {"VLLM_GEMS_INCLUDE": "decoder.*,attention.*,mla.*,sampler.*,layernorm.*,rotary.*,activation.*"}
 # Prefills in pieces, so that they share batches with decoding requests, and prompts that find their prefix cached.
 CHUNKED = {"max_num_batched_tokens": 16, "enable_prefix_caching": True, "block_size": 16}
 PROMPTS = [[1, 20, 90, 33, 250, 300, 7, 8], [1, *range(100, 140)], [1, 5]]

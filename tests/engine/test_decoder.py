@@ -99,6 +99,11 @@ def test_a_replaced_weight_is_used(changes: dict[str, Any]) -> None:
     assert sum(replaced["hits"]) == sum(changes["plain"]["hits"]) - 1
 
 
+def test_top_p_is_what_vllm_computes(changes: dict[str, Any]) -> None:
+    assert changes["top_p"]["different"] == []
+    assert (changes["top_p"]["hits"], changes["top_p"]["declined"]) == (1, {"a top-k": 1})
+
+
 def test_undo_leaves_vllms_own_objects(changes: dict[str, Any]) -> None:
     assert changes["removed"]["forward_is_the_original"]
     assert changes["removed"]["settled_layers"] == 0
