@@ -27,6 +27,7 @@ from vllm_gems import apply_gems_patches_to_vllm, launch, remove_gems_patches_fr
 from vllm_gems.catalog import catalog
 from vllm_gems.kernels import activation, rms_norm, rotary_embedding
 from vllm_gems.nouns import Case, Kernel
+from vllm_gems.tuning.timing import gpu_us
 
 DTYPE = "bfloat16"
 # Relative distance from the float32 reference, in the norm of the whole result: two or three roundings to 8 bits.
@@ -93,7 +94,7 @@ def time_on_gpu(kernel: Kernel, case: Case, copy: float, repeats: int) -> dict[s
     assert kernel.traffic is not None, f"{kernel.name} does not say how many bytes it moves"
     traffic = kernel.traffic(**inputs)
     sets = measure.input_sets(lambda: kernel.inputs(case, DTYPE, "cuda"), traffic)
-    times = measure.gpu_us({"ours": kernel.op, "stock": stock}, sets, repeats=repeats)
+    times = gpu_us({"ours": kernel.op, "stock": stock}, sets, repeats=repeats)
     return {
         "case": {
             "op": kernel.name,

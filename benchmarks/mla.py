@@ -22,6 +22,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 from benchmarks import measure
 from vllm_gems.kernels.mla_decode import mla_decode, mla_decode_reference
 from vllm_gems.kernels.paged import pages_for, random_pages
+from vllm_gems.tuning.timing import gpu_us
 
 LATENT, ROPE, PAGE = 512, 64, 64
 EVEN = {16: ((1, 1024), (1, 8192), (1, 65536), (32, 1024), (32, 8192), (128, 1024), (128, 4096))}
@@ -90,7 +91,7 @@ def compare(num_heads: int, title: str, seq_lens: tuple[int, ...]) -> dict[str, 
     want = mla_decode_reference(**wide, scale=(LATENT + ROPE) ** -0.5, latent=LATENT)[0]
     errors = {name: ((call(**first) - want).norm() / want.norm()).item() for name, call in sides.items()}
     del wide, want
-    us = measure.gpu_us(sides, sets, repeats=9)
+    us = gpu_us(sides, sets, repeats=9)
     return {
         "case": {"heads": num_heads, "requests": len(seq_lens), "tokens": title},
         "unit": "us",

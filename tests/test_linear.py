@@ -68,7 +68,7 @@ def test_measured_tilings_come_before_the_default(monkeypatch: pytest.MonkeyPatc
 
 def test_a_layer_that_was_not_measured_takes_what_was_best_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
     found = {"any 32": Tiling(32, 128, 1, False, 4, 6), "any gated 32": Tiling(64, 64, 1, True, 4, 3)}
-    monkeypatch.setattr(tuned, "lookup", lambda kernel, device, key: key in found and found[key]._asdict())
+    monkeypatch.setattr(tuned, "lookup", lambda kernel, device, key, source: key in found and found[key]._asdict())
     assert tiling_for(Shape(4096, 6144, False, False), 32, torch.float16, 0) == found["any 32"]
     assert tiling_for(Shape(4096, 14336, False, True), 32, torch.float16, 0) == found["any gated 32"]
     # With few columns, programs share the sum of a tile.

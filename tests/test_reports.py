@@ -40,7 +40,7 @@ def test_json_round_trip(tmp_path: pathlib.Path) -> None:
     assert path.name == "1.json"
     assert list(tmp_path.iterdir()) == [path]
     data = json.loads(path.read_text())
-    keys = ["vllm_gems", "vllm", "torch", "triton", "device", "pid", "rank", "mode", "rows"]
+    keys = ["vllm_gems", "vllm", "torch", "triton", "device", "pid", "rank", "mode", "rows", "tuned"]
     assert list(data) == keys
     fields = {field.name for field in dataclasses.fields(Row)}
     assert all(set(row) == fields for row in data["rows"])

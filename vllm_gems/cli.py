@@ -59,6 +59,15 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("path", nargs="?", help=path)
     explain = verb("explain", _explain, "where a patch goes, what it gains, and its state here")
     explain.add_argument("patch")
+    pretune = verb("pretune", _pretune, "measure kernels' configurations for a model's shapes here, and keep the best")
+    models = "llama, qwen, deepseek, a folder with config.json, or a model's name"
+    pretune.add_argument("--model", required=True, help=models)
+    pretune.add_argument("--dtype", choices=("bfloat16",), default="bfloat16")
+    pretune.add_argument("--max-tokens", type=int, default=16384, help="of one step")
+    pretune.add_argument("--max-reqs", type=int, default=1024, help="of one step")
+    pretune.add_argument("--tp", type=int, default=1, help="ranks of tensor parallelism")
+    pretune.add_argument("--ops", help="comma-separated; default: every kernel that has configurations")
+    pretune.add_argument("--dry-run", action="store_true", help="say what would be measured, and touch no GPU")
     verb("env", _env, "versions, devices and the variables that this program reads")
     return parser
 
@@ -178,6 +187,21 @@ def _env(args: argparse.Namespace) -> int:
         value = read_variables()[name]
         shown = repr(value) if value != default else f"{default!r} (default)"
         print(f"{name:20} {shown}  {meaning}")
+    return OK
+
+
+def _pretune(args: argparse.Namespace) -> int:
+    from .tuning.run import pretune
+
+    try:
+        told = pretune(
+            args.model, tp=args.tp, max_tokens=args.max_tokens, max_reqs=args.max_reqs, ops=args.ops,
+            dry_run=args.dry_run,
+        )  # fmt: skip
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return USAGE
+    print(json.dumps(told, indent=1) if args.json else "\n".join(told["lines"]))
     return OK
 
 

@@ -18,6 +18,7 @@ VARIABLES: dict[str, tuple[str, str]] = {
     "VLLM_GEMS_STRICT": ("0", "1 turns a refused or failing patch into an error instead of a fallback"),
     "VLLM_GEMS_VERBOSE": ("0", "1 prints the report when vLLM has loaded the plugin and when a process ends"),
     "VLLM_GEMS_REPORT": ("", "a folder into which every process writes its report as JSON when it ends"),
+    "VLLM_GEMS_TUNED": ("", "the folder of `vllm-gems pretune`'s results, else one in the user's cache folder"),
 }
 
 _FALSE = ("", "0", "false", "no", "off")
@@ -97,6 +98,12 @@ class Policy:
     def fingerprint(self) -> str:
         """A text that differs whenever the set of wanted patches may differ; a salt for compile caches."""
         return f"{int(self.enabled)};{','.join(self.include)};{','.join(self.exclude)}"
+
+
+def tuned_folder() -> str:
+    """Where a user's measured configurations are: VLLM_GEMS_TUNED, or in the platform's cache folder."""
+    cache = os.environ.get("XDG_CACHE_HOME", "").strip() or os.path.join(os.path.expanduser("~"), ".cache")
+    return read_variables()["VLLM_GEMS_TUNED"].strip() or os.path.join(cache, "vllm_gems", "tuned")
 
 
 def read_variables() -> dict[str, str]:

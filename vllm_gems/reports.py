@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from . import __version__, seams
+from . import tuned as configurations
 from .nouns import Row, State
 from .tuned import gpu_slug
 
@@ -22,8 +23,9 @@ from .tuned import gpu_slug
 class Report:
     """The rows of one process (or of several, merged), under a line that says whose they are.
 
-    JSON keys are stable: "vllm_gems", "vllm", "torch", "triton", "device", "pid" (a list when merged), "rank", "mode"
-    and "rows", each row with the fields of `nouns.Row`.
+    JSON keys are stable: "vllm_gems", "vllm", "torch", "triton", "device", "pid" (a list when merged), "rank", "mode",
+    "rows", each row with the fields of `nouns.Row`, and "tuned": by kernel, how many measured configurations were
+    "found", which keys were "missing", and how many were "stale", by reason.
     """
 
     rows: tuple[Row, ...]
@@ -32,6 +34,7 @@ class Report:
     pid: tuple[int, ...]
     rank: str
     mode: str
+    tuned: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
 
     @classmethod
     def of_process(cls, rows: tuple[Row, ...], rank: str = "0") -> Report:
@@ -45,6 +48,7 @@ class Report:
             pid=(os.getpid(),),
             rank=rank,
             mode=_mode(rows),
+            tuned=configurations.states(),
         )
 
     @classmethod
@@ -64,7 +68,7 @@ class Report:
         rows = tuple(Row(**{**row, "state": State(row["state"])}) for row in data["rows"])
         versions = {name: data[name] for name in ("vllm_gems", "vllm", "torch", "triton")}
         pid = data["pid"] if isinstance(data["pid"], list) else [data["pid"]]
-        return cls(rows, versions, data["device"], tuple(pid), data["rank"], data["mode"])
+        return cls(rows, versions, data["device"], tuple(pid), data["rank"], data["mode"], data.get("tuned", {}))
 
     def to_json(self) -> dict[str, Any]:
         rows = [{**dataclasses.asdict(row), "state": str(row.state)} for row in self.rows]
@@ -76,6 +80,7 @@ class Report:
             "rank": self.rank,
             "mode": self.mode,
             "rows": rows,
+            "tuned": {kernel: dict(state) for kernel, state in self.tuned.items()},
         }
 
     def write(self, folder: str | os.PathLike[str]) -> pathlib.Path:
@@ -107,7 +112,7 @@ class Report:
         for row in rows:
             speedup = "" if row.speedup is None else f"{row.speedup:.1f}x"
             cells.append((row.patch, str(row.state), row.where, str(row.hits), speedup, _remarks(row)))
-        return "\n".join([self._head(), *_columns(cells, right={3, 4})])
+        return "\n".join([self._head(), *_columns(cells, right={3, 4}), *map(_configurations, self.tuned.items())])
 
     def _head(self) -> str:
         versions = "  ".join(f"{name.replace('_', '-')} {value or '-'}" for name, value in self.versions.items())
@@ -142,7 +147,8 @@ def merge(reports: Sequence[Report]) -> Report:
     busiest = max(reports, key=lambda report: sum(row.hits for row in report.rows))
     ranks = sorted({report.rank for report in reports if any(row.hits for row in report.rows)})
     pids = tuple(pid for report in reports for pid in report.pid)
-    return dataclasses.replace(busiest, rows=tuple(rows), pid=pids, rank=",".join(ranks) or "-")
+    tuned = {kernel: state for report in reports for kernel, state in report.tuned.items()}
+    return dataclasses.replace(busiest, rows=tuple(rows), pid=pids, rank=",".join(ranks) or "-", tuned=tuned)
 
 
 def speedups(device: str) -> dict[str, float]:
@@ -161,6 +167,16 @@ def _added(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:
         for name, count in each.items():
             total[name] = total.get(name, 0) + count
     return total
+
+
+def _configurations(state: tuple[str, Mapping[str, Any]]) -> str:
+    """One line on the measured configurations of a kernel."""
+    kernel, known = state
+    parts = [f"{kernel}: {known['found']} measured configurations"]
+    if known["missing"]:
+        parts.append(f"none for {', '.join(known['missing'])}, which take what was best for others, or the default")
+    parts += [f"{count} not used: {reason}" for reason, count in known["stale"].items()]
+    return "; ".join(parts)
 
 
 def _remarks(row: Row) -> str:

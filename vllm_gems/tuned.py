@@ -1,12 +1,27 @@
-"""Measured configurations, shipped as data: `tuned/<gpu>/<kernel>.json`, by the benchmark that measured them."""
+"""Measured configurations of kernels: shipped as `tuned/<gpu>/<kernel>.json`, or a user's own, which come first.
+
+A user's are one file for each, so that any number of processes can write at once: `<folder>/<gpu>/<kernel>/<key>.json`.
+They are for the versions of PyTorch and Triton that they were measured with, and are ignored under others. Those that
+are shipped are used under any: measured on this GPU with another compiler, they are still a better guess than none. No
+configuration outlives a change of its kernel's source. `states` says what was found, and what was not used and why.
+"""
 
 from __future__ import annotations
 
 import functools
+import hashlib
+import importlib.metadata
+import inspect
 import json
+import os
 import sys
+from collections import Counter
+from collections.abc import Iterable
 from importlib import resources
+from pathlib import Path
 from typing import Any
+
+from .policy import tuned_folder
 
 
 def gpu_slug(name: str) -> str:
@@ -15,13 +30,97 @@ def gpu_slug(name: str) -> str:
     return words[0] if words else "cpu"
 
 
+def source_hash(*functions: Any) -> str:
+    """Of the device functions of a kernel, by which its configurations are recognised."""
+    text = "".join(inspect.getsource(getattr(function, "fn", function)) for function in functions)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
 @functools.cache
-def _table(kernel: str, slug: str) -> dict[str, dict[str, Any]]:
-    file = resources.files(__package__).joinpath("tuned", slug, f"{kernel}.json")
-    table: dict[str, dict[str, Any]] = json.loads(file.read_text())["configurations"] if file.is_file() else {}
-    return table
+def versions() -> dict[str, str]:
+    """Of what decides machine code."""
+    return {name: importlib.metadata.version(name) for name in ("torch", "triton")}
 
 
-def lookup(kernel: str, device: int, key: str) -> dict[str, Any] | None:
-    """The measured configuration of `kernel` for `key` on this device (-1: a CPU), None if there is none."""
-    return None if device < 0 else _table(kernel, gpu_slug(sys.modules["torch"].cuda.get_device_name(device))).get(key)
+class Table:
+    """The valid configurations of one kernel on one GPU, and what became of the others."""
+
+    def __init__(self, kernel: str, slug: str, source: str) -> None:
+        self.configurations: dict[str, dict[str, Any]] = {}
+        self.stale: Counter[str] = Counter()
+        self.missing: set[str] = set()
+        shipped = resources.files(__package__).joinpath("tuned", slug, f"{kernel}.json")
+        if shipped.is_file():
+            content = json.loads(shipped.read_text())
+            if content["source"] == source:
+                self.configurations.update(content["configurations"])
+            else:
+                self.stale["shipped, of another source"] += len(content["configurations"])
+        for entry in entries(kernel, slug):
+            if reason := stale(entry, source):
+                self.stale[reason] += 1
+            else:
+                self.configurations[entry["key"]] = entry["configuration"]
+
+
+def folder_of(kernel: str, slug: str) -> Path:
+    """Where a user's configurations of a kernel are."""
+    return Path(tuned_folder()) / slug / kernel
+
+
+def entries(kernel: str, slug: str) -> Iterable[dict[str, Any]]:
+    """A user's, valid or not. A file that is being replaced is read before or after, never in between."""
+    for path in sorted(folder_of(kernel, slug).glob("*.json")):
+        try:
+            yield json.loads(path.read_text())
+        except (OSError, ValueError):
+            continue
+
+
+def stale(entry: dict[str, Any], source: str) -> str | None:
+    """Why a user's configuration is not used; None if it is."""
+    if entry["source"] != source:
+        return "of another source"
+    for name, version in versions().items():
+        if entry["versions"][name] != version:
+            return f"measured with {name} {entry['versions'][name]}"
+    return None
+
+
+def write(kernel: str, slug: str, entry: dict[str, Any]) -> Path:
+    """Add or replace a user's configuration, whole or not at all; processes that do so at once do not wait."""
+    folder = folder_of(kernel, slug)
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{hashlib.sha256(entry['key'].encode()).hexdigest()[:24]}.json"
+    partial = path.with_suffix(f".{os.getpid()}.part")
+    partial.write_text(json.dumps(entry, indent=1) + "\n")
+    partial.replace(path)
+    return path
+
+
+_TABLES: dict[tuple[str, str], Table] = {}
+
+
+def lookup(kernel: str, device: int, key: str, source: str) -> dict[str, Any] | None:
+    """The measured configuration of `kernel` for `key` on this device (-1: a CPU), None if there is none.
+
+    source: `source_hash` of the kernel as it is now.
+    """
+    if device < 0:
+        return None
+    slug = gpu_slug(sys.modules["torch"].cuda.get_device_name(device))
+    table = _TABLES.get((kernel, slug))
+    if table is None:
+        table = _TABLES[kernel, slug] = Table(kernel, slug, source)
+    found = table.configurations.get(key)
+    if found is None:
+        table.missing.add(key)
+    return found
+
+
+def states() -> dict[str, dict[str, Any]]:
+    """kernel -> how many configurations there are, which keys had none, and how many were not used, by reason."""
+    return {
+        kernel: {"found": len(table.configurations), "missing": sorted(table.missing), "stale": dict(table.stale)}
+        for (kernel, _), table in _TABLES.items()
+    }

@@ -198,12 +198,18 @@ def key_of(shape: Shape | None, rows: int, gated: bool = False) -> str:
     return f"{shape.in_features}x{shape.out_features}{' gated' if shape.gated else ''} {rows}"
 
 
+@functools.cache
+def source() -> str:
+    """By which measured tilings are recognised as this kernel's."""
+    return tuned.source_hash(_linear_kernel, _product, _finish)
+
+
 def tiling_for(shape: Shape, rows: int, dtype: torch.dtype, device: int) -> Tiling:
     """The measured tiling for this GPU, else what was best for the shapes that were measured, else the default."""
     if dtype.itemsize == 2:
-        if found := tuned.lookup("linear", device, key_of(shape, rows)):
+        if found := tuned.lookup("linear", device, key_of(shape, rows), source()):
             return Tiling(**found)
-        if found := tuned.lookup("linear", device, key_of(None, rows, shape.gated)):
+        if found := tuned.lookup("linear", device, key_of(None, rows, shape.gated), source()):
             return _spread(Tiling(**found), shape, _ENOUGH // 2)
     return default_tiling(shape, rows, dtype.itemsize)
 

@@ -1,0 +1,102 @@
+"""The layers of a model, from its configuration alone: no weights are read."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+# The models that a family's name stands for: the numbers of their public configurations.
+PRESETS: dict[str, tuple[dict[str, Any], ...]] = {
+    "llama": (
+        {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8},  # 8B
+        {"hidden_size": 8192, "intermediate_size": 28672, "num_attention_heads": 64, "num_key_value_heads": 8},  # 70B
+    ),
+    "qwen": (
+        # Qwen2.5-7B, Qwen3-8B
+        {"hidden_size": 3584, "intermediate_size": 18944, "num_attention_heads": 28, "num_key_value_heads": 4,
+         "attention_bias": True},
+        {"hidden_size": 4096, "intermediate_size": 12288, "num_attention_heads": 32, "num_key_value_heads": 8,
+         "head_dim": 128},
+    ),
+    "deepseek": (
+        # V2-Lite, V3
+        {"hidden_size": 2048, "intermediate_size": 10944, "num_attention_heads": 16, "kv_lora_rank": 512,
+         "q_lora_rank": None, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128,
+         "moe_intermediate_size": 1408, "n_shared_experts": 2},
+        {"hidden_size": 7168, "intermediate_size": 18432, "num_attention_heads": 128, "kv_lora_rank": 512,
+         "q_lora_rank": 1536, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128,
+         "moe_intermediate_size": 2048, "n_shared_experts": 1},
+    ),
+}  # fmt: skip
+
+
+class Linear(NamedTuple):
+    """One linear layer as a rank of tensor parallelism has it."""
+
+    in_features: int
+    out_features: int  # of the result: a gated layer's weight has twice as many rows
+    bias: bool = False
+    gated: bool = False
+
+
+def configurations(model: str) -> tuple[dict[str, Any], ...]:
+    """Of a family of `PRESETS`, a folder with config.json, or a name that transformers knows where to find.
+
+    Raises ValueError if there is none.
+    """
+    if model in PRESETS:
+        return PRESETS[model]
+    path = Path(model) / "config.json"
+    if path.is_file():
+        return (json.loads(path.read_text()),)
+    try:
+        from transformers import AutoConfig
+
+        found: dict[str, Any] = AutoConfig.from_pretrained(model).to_dict()
+    except (ImportError, OSError, ValueError) as error:
+        known = ", ".join(PRESETS)
+        raise ValueError(f"--model {model}: not one of {known}, no folder with config.json, and {error}") from error
+    return (found,)
+
+
+def _shared(size: int, ranks: int, name: str) -> int:
+    if size % ranks:
+        raise ValueError(f"--tp {ranks} does not divide {name} = {size}")
+    return size // ranks
+
+
+def linears(config: Mapping[str, Any], tp: int = 1) -> list[Linear]:
+    """The different linear layers of a decoder layer on one of `tp` ranks, fused as vLLM fuses them.
+
+    Raises ValueError for a configuration that lacks a size, or a `tp` that does not divide one.
+    """
+    config = config.get("text_config") or config
+    try:
+        hidden, heads = config["hidden_size"], config["num_attention_heads"]
+        intermediate = config["intermediate_size"]
+    except KeyError as error:
+        raise ValueError(f"the configuration has no {error}, so it is not that of a decoder") from None
+    bias = bool(config.get("attention_bias") or config.get("model_type") == "qwen2")
+    mine = _shared(heads, tp, "num_attention_heads")
+    found: list[Linear] = []
+    if config.get("kv_lora_rank"):
+        key = config["qk_nope_head_dim"] + config["qk_rope_head_dim"]
+        latent = config["kv_lora_rank"] + config["qk_rope_head_dim"]
+        if rank := config.get("q_lora_rank"):
+            found += [Linear(hidden, rank + latent), Linear(rank, mine * key)]
+        else:
+            found += [Linear(hidden, mine * key), Linear(hidden, latent)]
+        found.append(Linear(mine * config["v_head_dim"], hidden))
+    else:
+        size = config.get("head_dim") or hidden // heads
+        pairs = max(1, config.get("num_key_value_heads", heads) // tp)
+        found += [Linear(hidden, (mine + 2 * pairs) * size, bias), Linear(mine * size, hidden)]
+    widths = [intermediate]
+    if shared := config.get("n_shared_experts"):
+        widths.append(shared * config["moe_intermediate_size"])
+    for width in widths:
+        width = _shared(width, tp, "intermediate_size")
+        found += [Linear(hidden, width, gated=True), Linear(width, hidden)]
+    return list(dict.fromkeys(found))

@@ -1,0 +1,91 @@
+"""`vllm-gems pretune`: jobs of a model, those that are done left out, and a bar that says how long it takes."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from .. import tuned
+from .models import configurations
+from .search import Job, chosen, compiled, generalise, keep, pending, search, tunables
+
+
+def pretune(
+    model: str,
+    *,
+    tp: int = 1,
+    max_tokens: int = 16384,
+    max_reqs: int = 1024,
+    ops: str | None = None,
+    dry_run: bool = False,
+) -> dict[str, Any]:
+    """Measure what the store does not have yet, job by job, and keep each result at once: a run that was stopped goes
+    on where it was. Returns {"jobs": [{"kernel", "key", "candidates", "us"?}], "lines": [what to print]}.
+
+    Raises ValueError for a model or an op that is not known, for `tp` that does not divide a layer, and without a GPU.
+    """
+    for name, value in (("--tp", tp), ("--max-tokens", max_tokens), ("--max-reqs", max_reqs)):
+        if value < 1:
+            raise ValueError(f"{name} {value}: expected at least 1")
+    wanted = chosen(ops)
+    jobs: dict[int, list[Job]] = {}
+    for config in configurations(model):
+        for index in wanted:
+            jobs.setdefault(index, []).extend(tunables()[index].jobs(config, tp, max_tokens, max_reqs))
+    jobs = {index: list(dict.fromkeys(found)) for index, found in jobs.items()}
+    if dry_run:
+        return _told([
+            {"kernel": tunables()[index].kernel, "key": job.key, "candidates": len(tunables()[index].candidates(job))}
+            for index, found in jobs.items()
+            for job in found
+        ])  # fmt: skip
+    import torch
+
+    if not torch.cuda.is_available() or torch.version.hip is not None:
+        raise ValueError("there is no NVIDIA GPU here to measure on; --dry-run says what would be measured")
+    gpu = torch.cuda.get_device_name()
+    slug = tuned.gpu_slug(gpu)
+    rows = []
+    for index, every in jobs.items():
+        rows += _measured(index, every, gpu, slug)
+    return _told(rows)
+
+
+def _measured(index: int, every: list[Job], gpu: str, slug: str) -> list[dict[str, Any]]:
+    from tqdm import tqdm  # type: ignore[import-untyped]
+
+    tunable = tunables()[index]
+    todo = pending(tunable, slug, every)
+    work = [(job, candidate) for job in todo for candidate in tunable.candidates(job)]
+    rows = [{"kernel": tunable.kernel, "key": job.key, "candidates": 0} for job in every if job not in todo]
+    # Compiling and timing take about the same: each candidate counts twice.
+    with tqdm(total=2 * len(work), desc=tunable.kernel, unit="trial") as bar:
+        right = compiled(index, work, _arch(), bar.update) if work else set()
+        for job in todo:
+            candidates = [candidate for each, candidate in work if each == job and (job, candidate) in right]
+            outcome = search(tunable, job, candidates, tunable.prepare(job, "cuda"))
+            keep(tunable, slug, gpu, job, outcome)
+            bar.update(sum(each == job for each, _ in work))
+            rows.append({"kernel": tunable.kernel, "key": job.key, "candidates": len(candidates), "us": outcome.us})
+    if todo:
+        generalise(tunable, slug, gpu)
+    return rows
+
+
+def _arch() -> int:
+    """This GPU's architecture as Triton says it: 90 for sm_90."""
+    import torch
+
+    major, minor = torch.cuda.get_device_capability()
+    return 10 * major + minor
+
+
+def _told(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    lines = [
+        f"{row['kernel']:24} {row['key']:28} "
+        + (f"{row['us']:9.1f} us, of {row['candidates']}" if "us" in row else f"{row['candidates']} candidates")
+        for row in rows
+    ]
+    total = sum(row["candidates"] for row in rows)
+    lines.append(f"{len(rows)} jobs, {total} candidates, {len(os.sched_getaffinity(0))} processes to compile them")
+    return {"jobs": rows, "lines": lines}

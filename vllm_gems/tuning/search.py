@@ -1,0 +1,157 @@
+"""Trying the configurations of kernels: compiled in as many processes as there are cores, verified, timed, kept."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from .. import tuned
+
+
+class Job(NamedTuple):
+    """One search: what to call its result in the store, and what it is about, in the kernel's own terms."""
+
+    key: str
+    about: Any
+
+
+@dataclass(frozen=True)
+class Tunable:
+    """How the configurations of one kernel are found. A candidate is a NamedTuple, whose fields are kept."""
+
+    ops: tuple[str, ...]  # as --ops names them
+    kernel: str  # under which the store keeps them
+    source: Callable[[], str]
+    # (model's configuration, ranks of tensor parallelism, most tokens of a step, most requests) -> jobs
+    jobs: Callable[[Mapping[str, Any], int, int, int], Iterable[Job]]
+    candidates: Callable[[Job], Sequence[Any]]
+    # (job, candidate, architecture), in a process of its own that leaves the GPU alone: machine code into Triton's
+    # cache. Raises what compilers raise.
+    compile: Callable[[Job, Any, int], None]
+    # The rest on the GPU. Memory that the trials of a job share.
+    prepare: Callable[[Job, str], Any]
+    error: Callable[[Job, Any, Any], float]  # relative, against float32; NaN is wrong, too
+    tolerance: float
+    us: Callable[[Job, Any, Any], float]
+    # (keys and the times of their candidates) -> configurations for what was not measured itself
+    general: Callable[[Mapping[str, Mapping[Any, float]]], Mapping[str, Any]]
+
+
+class Outcome(NamedTuple):
+    """What became of a job."""
+
+    best: Any
+    us: float
+    times: dict[Any, float]
+    lost: dict[Any, str]  # candidate -> why it is out of the question
+
+
+def search(tunable: Tunable, job: Job, candidates: Iterable[Any], context: Any) -> Outcome:
+    """The fastest of the right ones. One that raises is lost, and not the run. Raises RuntimeError if all are lost."""
+    times: dict[Any, float] = {}
+    lost: dict[Any, str] = {}
+    for candidate in candidates:
+        try:
+            error = tunable.error(job, candidate, context)
+            if not error <= tunable.tolerance:
+                lost[candidate] = f"off by {error:.1e}"
+                continue
+            times[candidate] = tunable.us(job, candidate, context)
+        except Exception as failure:
+            lost[candidate] = f"{type(failure).__name__}: {failure}"
+    if not times:
+        raise RuntimeError(f"{job.key}: no configuration gives the right result: {lost}")
+    best = min(times, key=lambda candidate: times[candidate])
+    return Outcome(best, times[best], times, lost)
+
+
+def pending(tunable: Tunable, slug: str, jobs: Iterable[Job]) -> list[Job]:
+    """The jobs that the store has no valid result for."""
+    source = tunable.source()
+    known = {each["key"] for each in tuned.entries(tunable.kernel, slug) if tuned.stale(each, source) is None}
+    return [job for job in jobs if job.key not in known]
+
+
+def keep(tunable: Tunable, slug: str, gpu: str, job: Job, outcome: Outcome) -> None:
+    """Write a job's result into the store."""
+    tuned.write(tunable.kernel, slug, {
+        "key": job.key,
+        "configuration": outcome.best._asdict(),
+        "us": round(outcome.us, 2),
+        "times": [[candidate._asdict(), round(us, 2)] for candidate, us in outcome.times.items()],
+        "gpu": gpu,
+        "versions": tuned.versions(),
+        "source": tunable.source(),
+    })  # fmt: skip
+
+
+def generalise(tunable: Tunable, slug: str, gpu: str) -> None:
+    """Write the configurations for what was not measured itself, from all that was."""
+    source = tunable.source()
+    times: dict[str, dict[tuple[Any, ...], float]] = {}
+    fields: tuple[str, ...] = ()
+    for entry in tuned.entries(tunable.kernel, slug):
+        if tuned.stale(entry, source) is None and "times" in entry:
+            fields = tuple(entry["configuration"])
+            times[entry["key"]] = {tuple(found[name] for name in fields): us for found, us in entry["times"]}
+    for key, best in tunable.general(times).items():
+        configuration = dict(zip(fields, best, strict=True))
+        entry = {"key": key, "configuration": configuration, "gpu": gpu, "versions": tuned.versions(), "source": source}
+        tuned.write(tunable.kernel, slug, entry)
+
+
+def best_of_all(times: Iterable[Mapping[Any, float]]) -> Any:
+    """The candidate with the least geometric mean of its time over the best one's, of those that most jobs have."""
+    ratios: dict[Any, list[float]] = {}
+    for each in times:
+        best = min(each.values())
+        for candidate, us in each.items():
+            ratios.setdefault(candidate, []).append(us / best)
+    most = max(map(len, ratios.values()))
+    means = {each: statistics.geometric_mean(found) for each, found in ratios.items() if len(found) == most}
+    return min(means, key=lambda candidate: means[candidate])
+
+
+def _compile(work: tuple[int, Job, Any, int]) -> str:
+    index, job, candidate, arch = work
+    try:
+        tunables()[index].compile(job, candidate, arch)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def compiled(
+    index: int, work: Sequence[tuple[Job, Any]], arch: int, tick: Callable[[], Any]
+) -> set[tuple[Job, Any]]:
+    """Those of `work`, of the tunable of this number, that compile. `tick` is called for each that is done."""
+    found = set()
+    with multiprocessing.get_context("spawn").Pool(len(os.sched_getaffinity(0))) as pool:
+        tasks = [(index, job, candidate, arch) for job, candidate in work]
+        for (_, job, candidate, _), failure in zip(tasks, pool.imap(_compile, tasks, chunksize=4), strict=True):
+            tick()
+            if not failure:
+                found.add((job, candidate))
+    return found
+
+
+def tunables() -> list[Tunable]:
+    """All there are."""
+    from .linear import LINEAR
+
+    return [LINEAR]
+
+
+def chosen(ops: str | None) -> list[int]:
+    """Numbers of the tunables that `--ops` names, all if it is None. Raises ValueError for an op that none has."""
+    every = tunables()
+    known = {op: index for index, tunable in enumerate(every) for op in tunable.ops}
+    wanted = known if ops is None else [op.strip() for op in ops.split(",")]
+    for op in wanted:
+        if op not in known:
+            raise ValueError(f"--ops {op}: nothing to tune there; kernels with configurations are {', '.join(known)}")
+    return sorted({known[op] for op in wanted})
