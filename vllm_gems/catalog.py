@@ -27,6 +27,7 @@ class _BuiltIn:
             decode_attention,
             linear,
             mla_decode,
+            mla_rope_and_cache,
             moe_routing,
             rms_norm,
             rope_and_cache,
@@ -42,6 +43,7 @@ class _BuiltIn:
             decode_attention,
             moe_routing,
             mla_decode,
+            mla_rope_and_cache,
         )
         return [kernel for module in modules for kernel in module.KERNELS]
 
