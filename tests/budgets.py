@@ -48,6 +48,8 @@ REGISTERS: dict[str, Registers] = {
     "_rotary_embedding_kernel": Registers(112, 96),
     # A tile of sums and one operand on its way from shared memory, which is what limits how many programs an SM has.
     "_linear_kernel": Registers(168, 256),
+    # Up to 16 sums a thread, beside operands on their way from shared memory: 16 warps, four programs; 4 waves.
+    "_head_linear_kernel": Registers(128, 128),
     # Up to 8 elements a thread, which is one access of 16 bytes: 32 warps, 8 waves.
     "_activation_kernel": Registers(64, 64),
     # A group's query heads and their accumulator, and the addresses of two tiles: 12 warps, which are the three

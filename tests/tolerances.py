@@ -30,6 +30,10 @@ def absolute(kernel: str, inputs: dict[str, Any], dtype: torch.dtype) -> float |
     if "rotary" in kernel:
         # Products of like size are subtracted: one rounding of the result, and those of float32 products.
         return float(inputs["query"].abs().max()) * _ULP[dtype] if inputs["query"].numel() else 0.0
+    if kernel == "head_linear" and inputs["x"].numel():
+        # As of linear, whose products are summed for each head.
+        most = float(torch.einsum("rhi,hio->rho", inputs["x"].double().abs(), inputs["weight"].double().abs()).max())
+        return max(TOLERANCES[dtype][1], 2 * most * _ULP[torch.float32])
     if "linear" in kernel and inputs["x"].numel():
         # Products of both signs are summed in float32; the activation is as steep as what it is multiplied by.
         most = float((inputs["x"].double().abs() @ inputs["weight"].double().abs().T).max())

@@ -25,6 +25,7 @@ class _BuiltIn:
         from .kernels import (
             activation,
             decode_attention,
+            head_linear,
             linear,
             mla_decode,
             mla_rope_and_cache,
@@ -44,6 +45,7 @@ class _BuiltIn:
             moe_routing,
             mla_decode,
             mla_rope_and_cache,
+            head_linear,
         )
         return [kernel for module in modules for kernel in module.KERNELS]
 
