@@ -89,15 +89,20 @@ class HeadShape(NamedTuple):
 _ENOUGH = 128
 
 
-def _cols(shape: HeadShape) -> int:
-    """Columns of a tile, fewer where there would be few tiles. By reasoning: not measured against others."""
-    return 32 if shape.num_heads * triton.cdiv(shape.out_features, 32) >= _ENOUGH else 16
+def _tiling(shape: HeadShape, dtype: torch.dtype, aligned: bool) -> tuple[int, int, int]:
+    """(columns, depth, stages) of a tile, by reasoning: not measured against others.
+
+    16-bit tiles are narrower where there would be few of them. float32 multiplies in registers, and narrow loads take
+    them.
+    """
+    if dtype.itemsize == 4 or not aligned:
+        return 32, 32 if aligned else 16, 1
+    return (32 if shape.num_heads * triton.cdiv(shape.out_features, 32) >= _ENOUGH else 16), 64, 3
 
 
 def _build(shape: HeadShape, rows: int, dtype: torch.dtype, aligned: bool = True) -> Build:
     x = pointer(dtype)
-    # float32 multiplies in registers and narrow loads take them: both take small steps.
-    wide = aligned and dtype.itemsize == 2
+    cols, depth, num_stages = _tiling(shape, dtype, aligned)
     return Build(
         function=_head_linear_kernel,
         types=(x, x, x, "i32", *("i32/16",) * 4),
@@ -107,12 +112,12 @@ def _build(shape: HeadShape, rows: int, dtype: torch.dtype, aligned: bool = True
             ("OUT", shape.out_features),
             ("ALONG_OUT", shape.along_out),
             ("ROWS", rows),
-            ("COLS", _cols(shape)),
-            ("DEPTH", 64 if wide else 16),
+            ("COLS", cols),
+            ("DEPTH", depth),
         ),
         aligned=aligned,
         num_warps=4,
-        num_stages=3 if wide else 1,
+        num_stages=num_stages,
         maxnreg=128,  # left to itself the assembler spills, to fit more programs
     )
 
@@ -137,11 +142,12 @@ def bind_head_linear(shape: HeadShape, dtype: torch.dtype, device: int) -> Calla
     """
     if reason := _never(shape, dtype):
         raise Refused(reason)
-    tiles = shape.num_heads * triton.cdiv(shape.out_features, _cols(shape))
 
     @functools.cache
-    def launch_for(rows: int, aligned: bool) -> Launch:
-        return launcher(_build(shape, rows, dtype, aligned), device)
+    def launch_for(rows: int, aligned: bool) -> tuple[Launch, int]:
+        """With the number of tiles for one tile of rows."""
+        tiles = shape.num_heads * triton.cdiv(shape.out_features, _tiling(shape, dtype, aligned)[0])
+        return launcher(_build(shape, rows, dtype, aligned), device), tiles
 
     for rows in (16, 32, 64):
         launch_for(rows, True)
@@ -158,7 +164,8 @@ def bind_head_linear(shape: HeadShape, dtype: torch.dtype, device: int) -> Calla
     ) -> None:
         rows = rows_class(num_rows)
         bits = x_at | x_stride | x_head_stride | weight_at | weight_head_stride | weight_stride | out_at
-        launch_for(rows, not bits & 15)(
+        launch, tiles = launch_for(rows, not bits & 15)
+        launch(
             tiles * ((num_rows + rows - 1) // rows), x_at, weight_at, out_at, num_rows, x_stride, x_head_stride,
             weight_head_stride, weight_stride,
         )  # fmt: skip
