@@ -57,9 +57,9 @@ class _BuiltIn:
 
     @hookimpl
     def vllm_gems_patches(self) -> Iterable[Patch]:
-        from .patches import activation, attention, decoder, layernorm, mla, moe, rotary
+        from .patches import activation, attention, decoder, layernorm, mla, mla_step, moe, rotary
 
-        modules = layernorm, rotary, activation, attention, decoder, moe, mla
+        modules = layernorm, rotary, activation, attention, decoder, moe, mla, mla_step
         return [patch for module in modules for patch in module.PATCHES]
 
 
