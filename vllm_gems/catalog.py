@@ -25,8 +25,10 @@ class _BuiltIn:
         from .kernels import (
             activation,
             decode_attention,
+            head_linear,
             linear,
             mla_decode,
+            mla_rope_and_cache,
             moe_routing,
             rms_norm,
             rope_and_cache,
@@ -44,6 +46,8 @@ class _BuiltIn:
             moe_routing,
             mla_decode,
             top_p,
+            mla_rope_and_cache,
+            head_linear,
         )
         return [kernel for module in modules for kernel in module.KERNELS]
 
@@ -55,9 +59,9 @@ class _BuiltIn:
 
     @hookimpl
     def vllm_gems_patches(self) -> Iterable[Patch]:
-        from .patches import activation, attention, decoder, layernorm, mla, moe, rotary, sampler
+        from .patches import activation, attention, decoder, layernorm, mla, mla_step, moe, rotary, sampler
 
-        modules = layernorm, rotary, activation, attention, decoder, moe, mla, sampler
+        modules = layernorm, rotary, activation, attention, decoder, moe, mla, mla_step, sampler
         return [patch for module in modules for patch in module.PATCHES]
 
 

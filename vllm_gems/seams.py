@@ -44,8 +44,10 @@ def _decoder(name: str, cls: str) -> Seam:
     return Seam(f"layer.{name}_decoder_layer", (place,), layer=f"{module}:{cls}", eager_only=True)
 
 
-def _part(module: str, name: str, signatures: tuple[str, ...], *sources: str) -> Place:
-    return Place("attribute", f"vllm.{module}", name, signatures, "0.17.1-0.33", sources=frozenset(sources))
+def _part(
+    module: str, name: str, signatures: tuple[str, ...], *sources: str, versions: str = "0.17.1-0.33"
+) -> Place:
+    return Place("attribute", f"vllm.{module}", name, signatures, versions, sources=frozenset(sources))
 
 
 _ATTENTION = _part(
@@ -55,6 +57,16 @@ _ATTENTION = _part(
         "(self, query, key, value, output_shape=None)",  # until 0.24
     ),
     "298ed384fbf6b699", "dc655e0091a1bb97", "d0f71f1b2f041a72", "f45f328b67ab8f7d", "edef316f2418435d",
+)  # fmt: skip
+_LATENT_ATTENTION = _part(
+    "model_executor.layers.mla", "MultiHeadLatentAttentionWrapper.forward",
+    ("(self, positions, hidden_states, llama_4_scaling=None)",),
+    "be2b929891c4ce9a", "3c8eb1c81af7dd02", "e0432540543912da", "59c6f711b184553e",
+)  # fmt: skip
+_TRITON_MLA = _part(
+    "v1.attention.backends.mla.triton_mla", "TritonMLAImpl.forward_mqa",
+    ("(self, q, kv_c_and_k_pe_cache, attn_metadata, layer)",),
+    "bacbf89dda890a57", "5ab6292374bd0acd", "1d2237cca1baf68f", "bebbe3ef519319ce", "da2d1a5b580e450c",
 )  # fmt: skip
 _ROTARY = "(self, positions, query, key=None)"
 _ROTARY_OFFSETS = "(self, positions, query, key=None, offsets=None)"
@@ -142,15 +154,12 @@ _ALL = (
             ),
         ),
     ),
+    Seam("mla.triton_decode", (_TRITON_MLA,)),
     Seam(
-        "mla.triton_decode",
-        (
-            _part(
-                "v1.attention.backends.mla.triton_mla", "TritonMLAImpl.forward_mqa",
-                ("(self, q, kv_c_and_k_pe_cache, attn_metadata, layer)",),
-                "bacbf89dda890a57", "5ab6292374bd0acd", "1d2237cca1baf68f", "bebbe3ef519319ce", "da2d1a5b580e450c",
-            ),
-        ),
+        "layer.latent_attention",
+        (_LATENT_ATTENTION,),
+        layer=f"{_LATENT_ATTENTION.module}:MultiHeadLatentAttentionWrapper",
+        eager_only=True,
     ),
     Seam(
         "sampler.top_k_top_p",
@@ -194,9 +203,15 @@ SEAMS: dict[str, Seam] = {seam.name: seam for seam in _ALL}
 
 _FORWARD = ("(self, positions, hidden_states)",)
 _LINEAR = ("(self, input_)",)
+_MLA = "model_executor.layers.attention.mla_attention"
+_FORWARD_IMPL = "(self, q, k_c_normed, k_pe, kv_cache, attn_metadata"
+_QUANTIZED = (
+    ", output_scale=None, output_block_scale=None, quant_group_size=None, quant_scale_ue8m0=None, "
+    "quant_col_major=None, quant_tma_aligned=None"
+)
 
-# What a replacement of a whole decoder layer repeats besides the layer's own method: role -> the methods that may play
-# it, each with the sources it was written against.
+# What a replacement of a whole layer repeats besides the layer's own method: role -> the methods that may play it, each
+# with the sources it was written against.
 PARTS: dict[str, tuple[Place, ...]] = {
     "attention": (
         _part("model_executor.models.qwen2", "Qwen2Attention.forward", _FORWARD, "ff7a252677f1fd68"),
@@ -221,6 +236,23 @@ PARTS: dict[str, tuple[Place, ...]] = {
         _part(
             "model_executor.layers.linear", "RowParallelLinear.forward", _LINEAR,
             "a92da0b7baa06838", "f191e90f7317215a", "6d129f93bbc9ce6e",
+        ),
+    ),
+    "replicated": (
+        _part(
+            "model_executor.layers.linear", "ReplicatedLinear.forward", ("(self, x)",),
+            "5f8c891b586a7710", "bef64f7d41e69378",
+        ),
+    ),
+    # Of DeepSeek's own, which leaves most products to the class that it inherits from.
+    "fused column": (
+        _part(
+            "model_executor.models.deepseek_v2", "DeepSeekV2FusedQkvAProj.forward", _LINEAR, "d936727262c1b057",
+            versions="0.17.1-0.17",
+        ),
+        _part(
+            "model_executor.models.deepseek_v2", "DeepSeekV2FusedQkvAProjLinear.forward", _LINEAR, "d936727262c1b057",
+            versions="0.20.2-0.33",
         ),
     ),
     "linear method": (
@@ -248,6 +280,53 @@ PARTS: dict[str, tuple[Place, ...]] = {
             "v1.attention.backends.flash_attn", "FlashAttentionImpl.do_kv_cache_update",
             ("(self, layer, key, value, kv_cache, slot_mapping)",),
             "53c7db03eaad9705", "e3f2d43d1d2ad8f3", "48b628d73a9cc62b",
+        ),
+    ),
+    "latent attention layer": (
+        _part(
+            _MLA, "MLAAttention.forward",
+            (
+                "(self, q, kv_c_normed, k_pe, output_shape=None, q_dcp_replicated=None)",
+                "(self, q, kv_c_normed, k_pe, output_shape=None)",  # until 0.26
+            ),
+            "083ce380ac708f58", "cf40340db7e24650", "4e79e0073e9329f0", "caeb3a01c9ce8760", "00ab686e11d7d885",
+        ),
+    ),
+    "latent attention": (
+        _part(
+            _MLA, "MLAAttention.forward_impl",
+            (
+                f"{_FORWARD_IMPL}, output{_QUANTIZED}, q_dcp_replicated=None)",
+                f"{_FORWARD_IMPL}, output{_QUANTIZED})",  # until 0.26
+                f"{_FORWARD_IMPL}, output=None, output_scale=None, output_block_scale=None)",  # until 0.17
+            ),
+            "e627cd63549810c5", "b1e6894096948f3b", "0b2c445e5d5e3f74", "924392a1c47215ad", "02bf7de7cddf146f",
+            "51c88e615ad3871f", "3f4b682ac81e1071",
+        ),
+    ),
+    "latent values": (
+        _part(
+            _MLA, "MLAAttention._v_up_proj", ("(self, x, out)",),
+            "34eea3d904ef39d1", "b33244853d89dfbf", "8dba2611b67e1a5f", "abb308c84dd6a8ed",
+        ),
+    ),
+    # Until 0.29 the layer's own method did it.
+    "latent cache update": (
+        _part(
+            _MLA, "MLAAttention.update_kv_cache",
+            ("(self, kv_c_normed, k_pe, kv_cache, slot_mapping, attn_metadata, kv_cache_dtype, k_scale)",),
+            "71b577e8ad363bfd", "88e079aa0f0ce214", versions="0.32.0-0.33",
+        ),
+    ),
+    "latent attention implementation": (_TRITON_MLA,),
+    "latent cache write": (
+        _part(
+            "v1.attention.backend", "MLAAttentionImpl.do_kv_cache_update",
+            (
+                "(self, kv_c_normed, k_pe, kv_cache, slot_mapping, kv_cache_dtype, k_scale, skip_scale=False)",
+                "(self, kv_c_normed, k_pe, kv_cache, slot_mapping, kv_cache_dtype, k_scale)",  # until 0.32
+            ),
+            "891e73ea3d6cce29", "38e2bb135a9a3ca3",
         ),
     ),
 }  # fmt: skip

@@ -24,6 +24,11 @@ DENSE = ("qwen2", "qwen3", "llama")
 DECODER = {"VLLM_GEMS_INCLUDE": "decoder.*,attention.*,mla.*,sampler.*,layernorm.*,rotary.*,activation.*"}
 # Prefills in pieces, so that they share batches with decoding requests, and prompts that find their prefix cached.
 CHUNKED = {"max_num_batched_tokens": 16, "enable_prefix_caching": True, "block_size": 16}
+# Two at a time, of which the first is at the model's limit after two tokens: the third's prompt is in a pass with the
+# second's third token, between passes that only decode.
+MIXED_PROMPTS = [[1, *range(100, 121)], [1, *range(200, 211)], [1, 5, 9, 30, 4]]
+MIXED_TOKENS = 4
+MIXED = {"max_model_len": 24, "max_num_batched_tokens": 64, "max_num_seqs": 2}
 PROMPTS = [[1, 20, 90, 33, 250, 300, 7, 8], [1, *range(100, 140)], [1, 5]]
 TOKENS = 8
 # Any tokens do, as long as they are the same ones: what is compared is the probability that each run gives them.
@@ -90,6 +95,14 @@ def referee_jobs(tiny: Path) -> Iterator[dict[str, Any]]:
             "max_tokens": TOKENS,
             "score": SEQUENCES,
         }
+    yield {
+        "name": "mixed transformers",
+        "model": str(tiny / "deepseek_v2"),
+        "dtype": "float32",
+        "runner": "transformers",
+        "prompts": MIXED_PROMPTS,
+        "max_tokens": MIXED_TOKENS,
+    }
 
 
 def llama_job(tiny: Path) -> dict[str, Any]:
@@ -98,12 +111,14 @@ def llama_job(tiny: Path) -> dict[str, Any]:
 
 
 def decoder_jobs(tiny: Path) -> Iterator[dict[str, Any]]:
-    """Each dense model with whole prompts, one with prompts in pieces, and those with latent attention."""
+    """Each dense model with whole prompts, one with prompts in pieces, and those with latent attention the same way."""
     for model in DENSE:
         yield {**one_job(tiny, model), "model": str(tiny / model)}
     yield {**one_job(tiny, "chunked", **CHUNKED), "model": str(tiny / "qwen3")}
     for model in REFEREED:
         yield {**one_job(tiny, model), "model": str(tiny / model)}
+    mixed = {"model": str(tiny / "deepseek_v2"), "prompts": MIXED_PROMPTS, "max_tokens": MIXED_TOKENS}
+    yield {**one_job(tiny, "mixed", **MIXED), **mixed}
 
 
 def one_job(tiny: Path, name: str, **options: Any) -> dict[str, Any]:

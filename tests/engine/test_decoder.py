@@ -1,4 +1,4 @@
-"""Whole decoder layers in real engines on vLLM's FlashAttention backend: what they generate, when they stand down."""
+"""Whole layers in real engines on vLLM's FlashAttention and Triton MLA backends: their tokens, when they stand down."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from engine_runs import DECODER, DENSE, REFEREED, ROOT, TOKENS, Run, checked, environment
+from engine_runs import DECODER, DENSE, MIXED_TOKENS, REFEREED, ROOT, TOKENS, Run, checked, environment
 
 Runs = dict[str, Callable[[], Run]]
 LAYERS = 2
@@ -46,16 +46,29 @@ def test_mixed_batches_went_to_the_original(runs: Runs) -> None:
 
 @pytest.mark.parametrize("model", REFEREED)
 def test_latent_attention_of_decode_steps_was_ours(runs: Runs, model: str) -> None:
+    """The whole block of every decode step, and the layers' own patches in the prefill."""
     job = runs["decoder"]().job(model)
     assert job["tokens"] == runs["off"]().job(f"{model} transformers")["tokens"]
-    assert job["hits"]["mla.triton_decode"] == LAYERS * (TOKENS - 1)
+    assert job["hits"]["mla.decode_step"] == LAYERS * (TOKENS - 1)
+    assert job["hits"]["mla.triton_decode"] == 0
+    rotary = "rotary.deepseek_scaling" if model == "deepseek_v3" else "rotary.rotary_embedding"
+    assert job["hits"][rotary] == LAYERS
+
+
+def test_latent_attention_in_mixed_batches_went_to_the_original(runs: Runs) -> None:
+    """In whose decode steps the attention alone is ours."""
+    job, right = runs["decoder"]().job("mixed"), runs["off"]().job("mixed transformers")
+    assert [len(tokens) for tokens in job["tokens"]] == [2, MIXED_TOKENS, MIXED_TOKENS]
+    assert job["tokens"] == [right["tokens"][0][:2], *right["tokens"][1:]]
+    assert job["hits"]["mla.decode_step"] == LAYERS * 4
+    assert job["hits"]["mla.triton_decode"] == LAYERS
 
 
 def test_report_counts_layers_and_reasons(runs: Runs) -> None:
     result = runs["decoder"]().result
     found = rows(result["report"])
-    for model in DENSE:
-        row = found[f"decoder.{model}"]
+    for name in (*(f"decoder.{model}" for model in DENSE), "mla.decode_step"):
+        row = found[name]
         assert row["state"] == "bound"
         assert row["errors"] == 0
         assert len(row["by_layer"]) == LAYERS

@@ -1,0 +1,292 @@
+"""What the patches of whole decode steps share: which steps and layers are for them, and the facts of a step.
+
+Such a patch settles a layer once, and a call only launches. So everything that could make a call do something else than
+vLLM's code would has to be seen: in the step's metadata, in the parts that a layer is made of, in what came after.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+from ..seams import PARTS
+
+# The most requests of a decode step; beyond them the GPU, not the host, sets the pace.
+MAX_REQUESTS = 512
+
+# Up to so many rows a product is a walk through its weight; beyond, it is cuBLAS's.
+FEW_ROWS = 64
+
+
+class Paged(NamedTuple):
+    """What a backend's metadata says of a step in which every request has one token."""
+
+    num_requests: int
+    max_seq_len: int
+    block_table: Any
+    seq_lens: Any
+
+
+class Step(NamedTuple):
+    """What all layers of a forward pass share. The tensors are kept, so that their addresses stay theirs."""
+
+    metadata: Any
+    slot_mapping: Any
+    positions: Any
+    num_requests: int
+    max_seq_len: int
+    positions_at: int
+    slot_mapping_at: int
+    block_table_at: int
+    block_table_stride: int
+    seq_lens_at: int
+
+
+def unknown_field(metadata: Any, known: set[str]) -> str | None:
+    """A field of a dataclass that is not known and has not its default: a release that adds a feature adds a field."""
+    for field in dataclasses.fields(metadata):
+        if field.name not in known and getattr(metadata, field.name) is not field.default:
+            return field.name
+    return None
+
+
+def _capturing() -> bool:
+    import torch
+
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
+def _transfers_kv() -> bool:
+    """Whether a connector wants to see the cache of every layer."""
+    state = sys.modules.get("vllm.distributed.kv_transfer.kv_transfer_state")
+    return state is not None and bool(state.has_kv_transfer_group())
+
+
+def make_step(read: Callable[[Any], Paged], metadata: Any, slot_mapping: Any, positions: Any) -> Step:
+    """`read` takes from a backend's metadata what it says. Raises Refused, as `read` does, for a step not for us."""
+    import torch
+
+    from ..errors import Refused
+
+    if metadata is None:
+        raise Refused("a forward pass without attention metadata (vLLM measures its memory)")
+    rows, max_seq_len, block_table, seq_lens = read(metadata)
+    if slot_mapping is None:
+        raise Refused("no slots to write keys and values to")
+    if not 0 < rows <= MAX_REQUESTS:
+        raise Refused(f"{rows} requests, not between 1 and {MAX_REQUESTS}")
+    if positions.dim() != 1 or not positions.is_contiguous() or positions.dtype is not torch.int64:
+        raise Refused(f"positions {positions.dtype} {tuple(positions.shape)}, not one int64 a token")
+    if positions.shape[0] != rows or slot_mapping.shape[0] != rows or seq_lens.shape[0] != rows:
+        raise Refused("a batch padded with tokens that are nobody's")
+    if slot_mapping.dtype is not torch.int64 or not slot_mapping.is_contiguous():
+        raise Refused(f"slot_mapping {slot_mapping.dtype}, not contiguous int64")
+    if seq_lens.dtype is not torch.int32 or not seq_lens.is_contiguous():
+        raise Refused(f"seq_lens {seq_lens.dtype}, not contiguous int32")
+    if block_table.dtype is not torch.int32 or block_table.stride(1) != 1:
+        raise Refused(f"block_table {block_table.dtype} of strides {block_table.stride()}, not rows of int32")
+    if _capturing():
+        raise Refused("a CUDA graph is being captured, and the next step's batch is another")
+    if _transfers_kv():
+        raise Refused("a KV connector waits for every layer")
+    return Step(
+        metadata, slot_mapping, positions, rows, max_seq_len, positions.data_ptr(), slot_mapping.data_ptr(),
+        block_table.data_ptr(), block_table.stride(0), seq_lens.data_ptr(),
+    )  # fmt: skip
+
+
+class Steps:
+    """The last step, or why it is not for us: what one layer found out, the others need not."""
+
+    def __init__(self, read: Callable[[Any], Paged]) -> None:
+        self._read = read
+        self._last: Step | None = None
+        self._refused: tuple[Any, Any, str] = (None, None, "")
+
+    def _of(self, metadata: Any, slot_mapping: Any, positions: Any) -> Step:
+        from ..errors import Refused
+
+        step = self._last
+        if (
+            step is not None
+            and step.metadata is metadata
+            and step.slot_mapping is slot_mapping
+            and step.positions is positions
+        ):
+            return step
+        refused = self._refused
+        if metadata is not None and refused[0] is metadata and refused[1] is positions:
+            raise Refused(refused[2])
+        try:
+            step = self._last = make_step(self._read, metadata, slot_mapping, positions)
+        except Refused as refusal:
+            self._refused = metadata, positions, str(refusal)
+            raise
+        return step
+
+    def follow(self, layer: Any, attention: Any) -> Callable[[Any], tuple[Step, Any]]:
+        """For a layer with vLLM's module `attention` in it: (positions) -> (the present step, the layer's KV cache).
+
+        The function raises Refused for a step that is not for us, and while any module of the layer has hooks.
+        """
+        from ..errors import Refused
+
+        name, hooks, step_of = attention.layer_name, Hooks(layer), self._of
+        context_of = sys.modules["vllm.forward_context"].get_forward_context
+
+        def now(positions: Any) -> tuple[Step, Any]:
+            context = context_of()
+            metadata, slots = context.attn_metadata, context.slot_mapping
+            if type(metadata) is not dict or type(slots) is not dict:
+                raise Refused("a forward pass without attention metadata of its own for every layer")
+            step = step_of(metadata[name], slots.get(name), positions)
+            if reason := hooks.refuses():
+                raise Refused(reason)
+            kv_cache = attention.kv_cache
+            if type(kv_cache) is list:  # until 0.19, one for each virtual engine
+                kv_cache = kv_cache[context.virtual_engine]
+            return step, kv_cache
+
+        return now
+
+
+# Which layers are for us
+
+
+def part_refuses(cls: type, role: str, method: str = "forward") -> str | None:
+    """None if `cls` does by `method` what one of the known sources of `role` does."""
+    found = getattr(cls, method, None)
+    for place in PARTS[role]:
+        if found is not None and source_hash(found) in place.sources:
+            return None
+    return f"{cls.__name__}.{method} is none of those that the replacement was written against"
+
+
+@functools.cache
+def source_hash(function: Any) -> str:
+    from ..probes import hash_of
+
+    try:
+        return hash_of(function)
+    except (OSError, TypeError):
+        return ""
+
+
+def is_one_of(obj: Any, module: str, *names: str) -> bool:
+    """Whether `obj` is of a class of these names itself, in a module whose name ends so."""
+    return type(obj).__module__.endswith(module) and type(obj).__name__ in names
+
+
+_LINEARS = (
+    "QKVParallelLinear", "MergedColumnParallelLinear", "ColumnParallelLinear", "RowParallelLinear", "ReplicatedLinear",
+)  # fmt: skip
+_FUSED = "DeepSeekV2FusedQkvAProj", "DeepSeekV2FusedQkvAProjLinear"  # the name until 0.17, and the later one
+
+
+def linear_refuses(name: str, linear: Any, role: str) -> Iterator[str | None]:
+    cls = type(linear)
+    if is_one_of(linear, "models.deepseek_v2", *_FUSED):
+        yield part_refuses(cls, "fused column")
+        cls = cls.__mro__[1]  # which it leaves most products to
+    elif not is_one_of(linear, "layers.linear", *_LINEARS):
+        yield f"{name} is a {cls.__name__}"
+        return
+    yield part_refuses(cls, role)
+    if not is_one_of(linear.quant_method, "layers.linear", "UnquantizedLinearMethod"):
+        yield f"{name} is quantised ({type(linear.quant_method).__name__})"
+        return
+    yield part_refuses(type(linear.quant_method), "linear method", "apply")
+    if linear.tp_size != 1:
+        yield "tensor parallelism: a collective sits inside the layer"
+    if linear.skip_bias_add or not linear.return_bias:
+        yield f"{name} returns its bias apart"
+    if linear.weight.dim() != 2 or not linear.weight.is_contiguous():
+        yield f"the weight of {name} is packed or not contiguous"
+
+
+def norm_refuses(name: str, norm: Any) -> Iterator[str | None]:
+    if not is_one_of(norm, "layers.layernorm", "RMSNorm"):
+        yield f"{name} is a {type(norm).__name__}"
+    elif norm.variance_size_override is not None or not getattr(norm, "has_weight", True):
+        yield f"{name} has no weight, or normalises over a part"
+
+
+def rotary_refuses(rotary: Any) -> Iterator[str | None]:
+    base: Any = next((cls for cls in type(rotary).__mro__ if cls.__name__ == "RotaryEmbedding"), None)
+    if base is None or type(rotary).forward_cuda is not base.forward_cuda:
+        yield f"{type(rotary).__name__} is no plain rotary embedding"
+
+
+def first_refusal(refusals: Callable[[Any], Iterator[str | None]], layer: Any, kind: str) -> str | None:
+    """None if a layer is made of the parts that are settled here, else why not."""
+    try:
+        return next((reason for reason in refusals(layer) if reason), None)
+    except AttributeError as error:
+        return f"not the parts of {kind}: {error}"
+
+
+# What is kept of a layer
+
+
+class Hooks:
+    """Whether any module of a layer has hooks, which calling it past its `__call__` would pass over."""
+
+    def __init__(self, layer: Any) -> None:
+        from torch.nn.modules import module
+        from torch.utils.hooks import RemovableHandle
+
+        self._handle: Any = RemovableHandle
+        self._any_global: Any = module._has_any_global_hook
+        self._modules = list(layer.modules())[1:]  # the layer's own are called by its own __call__
+        self._registered = -1
+
+    def refuses(self) -> str | None:
+        """PyTorch numbers the hooks that are registered; as long as no new one is, there is nothing to look at."""
+        registered = self._handle.next_id
+        if registered == self._registered:
+            return None
+        if self._any_global():
+            return "a hook on all modules"
+        for module in self._modules:
+            if module._forward_hooks or module._forward_pre_hooks:
+                return f"a hook on {type(module).__name__}"
+        self._registered = registered
+        return None
+
+
+# (where PyTorch keeps it, its name, what was there)
+Kept = tuple[dict[str, Any], str, Any]
+
+
+def parameters_of(layer: Any) -> list[Kept]:
+    """All parameters of a layer, by where PyTorch keeps them: one that is replaced is seen."""
+    return [
+        (module._parameters, name, parameter)
+        for module in layer.modules()
+        for name, parameter in module._parameters.items()
+    ]
+
+
+def addresses_of(*tensors: Any) -> list[int]:
+    """Read at each call, because loading may move what a parameter holds; 0 for None.
+
+    Under `torch._C.DisableTorchFunctionSubclass` without asking a tensor's class, which vLLM derives from Parameter,
+    what it thinks of that.
+    """
+    return [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+
+
+def bind_projection(linear: Any, dtype: Any, device: int, gated: bool = False) -> Callable[..., None]:
+    """`bind_linear` for a linear layer of vLLM's; raises Refused for a weight of another dtype or device."""
+    from ..errors import Refused
+    from ..kernels.linear import Shape, bind_linear
+
+    weight, bias = linear.weight, linear.bias
+    if weight.dtype is not dtype or weight.get_device() != device:
+        raise Refused(f"a weight in {weight.dtype} on {weight.device}, hidden states in {dtype}")
+    out_features, in_features = weight.shape
+    shape = Shape(in_features, out_features // 2 if gated else out_features, bias is not None, gated)
+    return bind_linear(shape, dtype, device)

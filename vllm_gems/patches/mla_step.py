@@ -1,0 +1,299 @@
+"""DeepSeek's attention block, from the hidden states to its output, in direct launches, for batches that only decode.
+
+The projections, norms, rotation, cache write and attention that vLLM calls one by one are settled once per layer:
+without a compressed query seven launches, eight with one, and one more where requests are shared by programs. The
+queries go to attention as they lie, in two tensors. Every other batch goes to the original, whose parts have patches of
+their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from ..nouns import Patch
+from .decode_steps import (
+    FEW_ROWS,
+    Paged,
+    Step,
+    Steps,
+    bind_projection,
+    first_refusal,
+    is_one_of,
+    linear_refuses,
+    norm_refuses,
+    parameters_of,
+    part_refuses,
+    rotary_refuses,
+    unknown_field,
+)
+
+# What a decode step's metadata says that does not change what is computed, or that is read here. A field that is not
+# here must have its default, or the original runs.
+_KNOWN = {
+    "num_reqs", "max_query_len", "max_seq_len", "num_actual_tokens", "query_start_loc", "slot_mapping", "num_decodes",
+    "num_decode_tokens", "num_prefills", "head_dim", "decode",
+}  # fmt: skip
+_KNOWN_OF_DECODE = {"block_table", "seq_lens", "dcp_tot_seq_lens"}
+
+
+def _read(metadata: Any) -> Paged:
+    """Raises Refused for a step that is not for us."""
+    from ..errors import Refused
+
+    if type(metadata).__name__ != "MLACommonMetadata":
+        raise Refused(f"attention metadata of {type(metadata).__name__}")
+    decode, rows = metadata.decode, metadata.num_actual_tokens
+    if metadata.num_prefills or metadata.max_query_len != 1 or metadata.num_decodes != rows or decode is None:
+        raise Refused("a batch that does not only decode")
+    if type(decode).__name__ != "MLACommonDecodeMetadata":
+        raise Refused(f"attention metadata of {type(decode).__name__}")
+    if decode.dcp_tot_seq_lens is not None:
+        raise Refused("decode context parallelism")
+    if field := unknown_field(metadata, _KNOWN) or unknown_field(decode, _KNOWN_OF_DECODE):
+        raise Refused(f"attention metadata with {field}")
+    return Paged(rows, metadata.max_seq_len, decode.block_table, decode.seq_lens)
+
+
+# Which layers are for us
+
+
+def _attention_refuses(attention: Any) -> Iterator[str | None]:
+    yield part_refuses(type(attention), "latent attention layer")
+    yield part_refuses(type(attention), "latent attention", "forward_impl")
+    yield part_refuses(type(attention), "latent values", "_v_up_proj")
+    if hasattr(attention, "update_kv_cache"):
+        yield part_refuses(type(attention), "latent cache update", "update_kv_cache")
+    impl = attention.impl
+    if not any(cls.__module__.endswith("mla.triton_mla") for cls in type(impl).__mro__):
+        yield f"the attention backend is {type(impl).__name__}, not TritonMLAImpl"
+        return
+    yield part_refuses(type(impl), "latent attention implementation", "forward_mqa")
+    yield part_refuses(type(impl), "latent cache write", "do_kv_cache_update")
+    if getattr(attention, "calculate_kv_scales", False):  # gone in 0.29
+        yield "scales of a quantised KV cache"
+    if attention.kv_cache_dtype not in ("auto", "bfloat16", "float16"):
+        yield f"a KV cache in {attention.kv_cache_dtype}"
+    if getattr(attention, "sliding_window", None) is not None:
+        yield "a sliding window"
+    # Later releases' branches, which the sources above take by these.
+    if getattr(attention, "use_pcp", False) or getattr(attention, "dcp_q_replicate", False):
+        yield "context parallelism"
+    if getattr(attention, "hisparse_cache", None) is not None or getattr(attention, "use_sparse", False):
+        yield "sparse attention"
+    if attention.q_pad_num_heads is not None:
+        yield "padded heads"
+    for product in ("is_aiter_triton_fp4_bmm_enabled", "is_aiter_triton_fp8_bmm_enabled", "is_amx_bmm_enabled"):
+        if getattr(attention, product, False):
+            yield "absorbed weights that are packed or quantised"
+    if getattr(attention, "W_UK_T", None) is None or getattr(attention, "W_UV", None) is None:
+        yield "no absorbed weights"
+
+
+def _refusals(layer: Any) -> Iterator[str | None]:
+    if layer.is_sparse or layer.indexer is not None:
+        yield "sparse attention: an indexer chooses the tokens"
+    if getattr(layer, "g_proj", None) is not None:
+        yield "a gate on what attention returns"
+    if getattr(layer, "fuse_qkv_rmsnorm", False):
+        yield "vLLM's own fusion of the two norms"
+    if layer.q_lora_rank is None:
+        yield from linear_refuses("q_proj", layer.q_proj, "column")
+        yield from linear_refuses("kv_a_proj_with_mqa", layer.kv_a_proj_with_mqa, "replicated")
+    else:
+        yield from linear_refuses("fused_qkv_a_proj", layer.fused_qkv_a_proj, "column")
+        yield from norm_refuses("q_a_layernorm", layer.q_a_layernorm)
+        yield from linear_refuses("q_b_proj", layer.q_b_proj, "column")
+    yield from norm_refuses("kv_a_layernorm", layer.kv_a_layernorm)
+    yield from linear_refuses("o_proj", layer.o_proj, "row")
+    if not _is_deepseeks(layer.rotary_emb):
+        yield from rotary_refuses(layer.rotary_emb)
+    yield from _attention_refuses(layer.mla_attn)
+
+
+def _is_deepseeks(rotary: Any) -> bool:
+    """Whether it is the rotary embedding whose cosines and sines vLLM does not convert."""
+    return is_one_of(rotary, "rotary_embedding.deepseek_scaling_rope", "DeepseekScalingRotaryEmbedding")
+
+
+def layer_refuses(layer: Any) -> str | None:
+    """None if an attention block is made of the parts that are settled here, else why not."""
+    return first_refusal(_refusals, layer, "DeepSeek's attention")
+
+
+# One layer's launches
+
+
+def _bind(layer: Any, hidden_states: Any) -> Callable[..., Any]:
+    """call(step, kv_cache, hidden_states) -> what the layer returns; raises Refused."""
+    import torch
+
+    from ..errors import Refused, Unsettled
+    from ..kernels.head_linear import HeadShape, along_out, bind_head_linear
+    from ..kernels.mla_decode import Latents, bind_mla_decode, shares
+    from ..kernels.mla_rope_and_cache import Projected, bind_mla_rope_and_cache
+    from ..kernels.rms_norm import bind_rms_norm
+    from ..launch import allocator
+    from .rotary import _cache_of
+
+    if reason := layer_refuses(layer):
+        raise Refused(reason)
+    attn, rotary, kv_norm = layer.mla_attn, layer.rotary_emb, layer.kv_a_layernorm
+    impl, scale = attn.impl, float(attn.impl.scale)
+    dtype, device, hidden_size = hidden_states.dtype, hidden_states.get_device(), hidden_states.shape[-1]
+    heads, nope, rope, value_size = layer.num_heads, layer.qk_nope_head_dim, layer.qk_rope_head_dim, layer.v_head_dim
+    q_lora, latent = layer.q_lora_rank or 0, layer.kv_lora_rank
+    head_size, width = nope + rope, latent + rope
+
+    if q_lora:
+        kv_linear, q_linear = layer.fused_qkv_a_proj, layer.q_b_proj
+        q_norm = layer.q_a_layernorm
+        norm = bind_rms_norm(dtype, q_norm.weight.dtype, q_lora, q_norm.variance_epsilon, None, False, device)
+    else:
+        kv_linear, q_linear = layer.kv_a_proj_with_mqa, layer.q_proj
+    absorbed, values = attn.W_UK_T, attn.W_UV
+    tensors = kv_linear.weight, q_linear.weight, layer.o_proj.weight, absorbed, values, kv_norm.weight
+    shapes = [tuple(tensor.shape) for tensor in tensors]
+    if shapes != [
+        (q_lora + width, hidden_size), (heads * head_size, q_lora or hidden_size), (hidden_size, heads * value_size),
+        (heads, nope, latent), (heads, latent, value_size), (latent,),
+    ]:  # fmt: skip
+        raise Refused(f"weights of shapes {shapes}")
+    for tensor in (absorbed, values, kv_norm.weight):
+        if tensor.dtype is not dtype or tensor.get_device() != device:
+            raise Refused(f"a weight in {tensor.dtype} on {tensor.device}, hidden states in {dtype}")
+    if (rotary.rotary_dim, rotary.head_size) != (rope, rope):
+        raise Refused(f"{rotary.rotary_dim} of {rotary.head_size} elements rotated, keys have {rope}")
+    angles = _cache_of(rotary, hidden_states, own_dtype=_is_deepseeks(rotary) or rotary.use_flashinfer)
+    known = [*parameters_of(layer), (rotary._buffers, "cos_sin_cache", angles)]
+    for name in ("W_UK_T", "W_UV"):  # no parameters until 0.24
+        if name in vars(attn):
+            known.append((vars(attn), name, getattr(attn, name)))
+    empty, empty_lse, multiply = allocator(device, dtype), allocator(device, torch.float32), torch._C._nn.linear
+    plainly = torch._C.DisableTorchFunctionSubclass
+
+    def projection(linear: Any) -> Callable[[Any, int], Any]:
+        weight, bias, few = linear.weight, linear.bias, bind_projection(linear, dtype, device)
+        out_features, in_features = weight.shape
+
+        def project(x: Any, rows: int) -> Any:
+            if rows > FEW_ROWS:
+                return multiply(x, weight, bias)
+            y = empty(rows, out_features)
+            bias_at = 0 if bias is None else bias.data_ptr()
+            few(x.data_ptr(), in_features, weight.data_ptr(), bias_at, y.data_ptr(), rows)
+            return y
+
+        return project
+
+    def head_projection(weight: Any, x_size: int) -> Callable[[Any, int], Any]:
+        """The first elements of each head's `x_size` multiplied by the head's own weight."""
+        in_features, out_features = weight.shape[1:]
+        order = along_out(weight)
+        if order is None:
+            raise Refused(f"absorbed weights of strides {weight.stride()}")
+        few = bind_head_linear(HeadShape(heads, in_features, out_features, order), dtype, device)
+        strides = weight.stride(0), weight.stride(1 if order else 2)
+
+        def project(x: Any, rows: int) -> Any:
+            y = empty(rows, heads * out_features)
+            if rows > FEW_ROWS:
+                parts = x.view(rows, heads, x_size)[..., :in_features].transpose(0, 1)
+                torch.bmm(parts, weight, out=y.view(rows, heads, out_features).transpose(0, 1))
+            else:
+                few(x.data_ptr(), heads * x_size, x_size, weight.data_ptr(), *strides, y.data_ptr(), rows)
+            return y
+
+        return project
+
+    project_kv, project_q, project_o = projection(kv_linear), projection(q_linear), projection(layer.o_proj)
+    absorb, expand = head_projection(absorbed, head_size), head_projection(values, latent)
+    epsilon, rope_offset, kv_offset = kv_norm.variance_epsilon, nope * dtype.itemsize, q_lora * dtype.itemsize
+
+    cache: Any = None
+    write: Callable[..., None]
+    attend: Callable[..., None]
+
+    def settle_cache(kv_cache: Any) -> None:
+        nonlocal cache, write, attend
+        if kv_cache.dtype is not dtype or kv_cache.get_device() != device or kv_cache.numel() == 0:
+            raise Refused(f"a KV cache in {kv_cache.dtype} on {kv_cache.device}, hidden states in {dtype}")
+        strides = kv_cache.stride()
+        if kv_cache.dim() != 3 or kv_cache.shape[2] != width or strides[1:] != (width, 1) or strides[0] >= 2**31:
+            raise Refused(f"a KV cache {tuple(kv_cache.shape)} of strides {strides}")
+        block_size = kv_cache.shape[1]
+        projected = Projected(heads, latent, rope, rotary.is_neox_style, block_size)
+        write = bind_mla_rope_and_cache(projected, dtype, angles.dtype, torch.int64, torch.int64, device)
+        attend = bind_mla_decode(Latents(heads, latent, rope, block_size), dtype, device)
+        cache = kv_cache
+
+    def call(step: Step, kv_cache: Any, hidden_states: Any) -> Any:
+        rows = step.num_requests
+        if (
+            hidden_states.dtype is not dtype
+            or hidden_states.shape != (rows, hidden_size)
+            or not hidden_states.is_contiguous()
+        ):
+            raise Refused(f"hidden_states {hidden_states.dtype} {tuple(hidden_states.shape)} for {rows} requests")
+        if impl.dcp_world_size != 1:  # until 0.26 known from the first prefill on
+            raise Refused("decode context parallelism")
+        for table, name, tensor in known:
+            if table.get(name) is not tensor:
+                raise Unsettled("weights that were replaced")
+        if kv_cache is not cache:
+            settle_cache(kv_cache)
+        with plainly():  # what vLLM derives from Parameter is not asked what it thinks of being read
+            kv = project_kv(hidden_states, rows)
+            q = project_q(norm(kv[:, :q_lora], q_norm.weight) if q_lora else hidden_states, rows)
+            q_rope_at, cache_at, block_stride = q.data_ptr() + rope_offset, kv_cache.data_ptr(), kv_cache.stride(0)
+            write(
+                q_rope_at, heads * head_size, head_size, kv.data_ptr() + kv_offset, q_lora + width,
+                kv_norm.weight.data_ptr(), step.positions_at, angles.data_ptr(), cache_at, block_stride, width,
+                step.slot_mapping_at, epsilon, rows,
+            )  # fmt: skip
+            query, out, lse = absorb(q, rows), empty(rows, heads * latent), empty_lse(rows, heads)
+            attend(
+                query.data_ptr(), heads * latent, latent, q_rope_at, heads * head_size, head_size, cache_at,
+                block_stride, step.block_table_at, step.block_table_stride, step.seq_lens_at, out.data_ptr(),
+                heads * latent, lse.data_ptr(), rows, shares(rows, heads, step.max_seq_len, device), scale,
+            )  # fmt: skip
+            return project_o(expand(out, rows), rows)
+
+    return call
+
+
+def _decode_step(original: Any, site: Any) -> Any:
+    from ..errors import Refused
+    from ..sites import module_forward
+
+    steps = Steps(_read)
+
+    def settle(layer: Any, positions: Any, hidden_states: Any, llama_4_scaling: Any = None) -> Callable[..., Any]:
+        """The layer's own call(positions, hidden_states, llama_4_scaling)."""
+        call = _bind(layer, hidden_states)
+        attn = layer.mla_attn
+        name, now, hits = attn.layer_name, steps.follow(layer, attn), site.by_layer
+
+        def run(positions: Any, hidden_states: Any, llama_4_scaling: Any = None) -> Any:
+            if llama_4_scaling is not None:
+                raise Refused("queries scaled by their positions")
+            step, kv_cache = now(positions)
+            result = call(step, kv_cache, hidden_states)
+            hits[name] = hits.get(name, 0) + 1
+            return result
+
+        return run
+
+    return module_forward(original, site, settle)
+
+
+PATCHES = (
+    Patch(
+        "mla.decode_step",
+        "layer.latent_attention",
+        ("linear", "rms_norm", "mla_rope_and_cache", "head_linear", "mla_decode"),
+        _decode_step,
+        "a decode step of DeepSeek's attention block in seven to nine direct launches, settled per layer",
+        default=False,
+    ),
+)
