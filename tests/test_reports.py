@@ -79,3 +79,13 @@ def test_problems() -> None:
     ]
     idle = dataclasses.replace(ROWS[0], hits=0)
     assert report(idle).problems() == [], "nothing has run yet, so nothing can have been hit"
+
+
+def test_measured_configurations_are_told() -> None:
+    state = {"found": 18, "missing": ["4096x6144 16"], "stale": {"measured with triton 3.5.0": 4}}
+    found = dataclasses.replace(report(), tuned={"linear": state})
+    assert found.text().splitlines()[-1] == (
+        "linear: 18 measured configurations; none for 4096x6144 16, which take what was best for others, or the "
+        "default; 4 not used: measured with triton 3.5.0"
+    )
+    assert Report.from_json(json.loads(json.dumps(found.to_json()))) == found
