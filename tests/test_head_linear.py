@@ -24,6 +24,8 @@ WEIGHT = torch.randn(3, 32, 16, device=DEVICE)
         (X, WEIGHT[:2], None, r"weight of shape \(2, 32, 16\) is not \[3, 32, out_features\]"),
         (X[..., :8], torch.randn(3, 16, 32, device=DEVICE)[:, ::2, ::2], None, "contiguous neither along"),
         (X, WEIGHT[..., :0], None, "weight has 3 by 32 by 0 elements"),
+        (X, torch.empty_strided((3, 32, 16), (2**31, 16, 1), device="meta"), None, "elements 2.*31 apart"),
+        (X, torch.empty_strided((3, 32, 16), (512, 2**27, 1), device="meta"), None, "elements 2.*31 apart"),
         (X, WEIGHT.half(), None, "weight is torch.float16"),
         (X, WEIGHT, torch.empty(4, 3, 17, device=DEVICE), "out of shape"),
         (X, WEIGHT, torch.empty(3, 4, 16, device=DEVICE).transpose(0, 1), "out of shape"),
