@@ -276,7 +276,7 @@ _CASES = (
     Case("equal logits", {"rows": 2, "vocab": 515, "step": 0.5}),
     Case("equal logits in several tiles", {"rows": 1, "vocab": _TILE + 900, "step": 1.0}),
     Case("all equal", {"rows": 1, "vocab": 300, "step": 100.0}),
-    Case("one of all", {"rows": 1, "vocab": 1}),
+    Case("two in all", {"rows": 1, "vocab": 2}),
     Case("some are out already", {"rows": 2, "vocab": 700, "out": True}),
     Case("p at its ends", {"rows": 4, "vocab": 333, "p": (0.0, 1e-6, 1.0, 2.0)}),
     Case("rows apart", {"rows": 2, "vocab": 640, "gap": 32}),
