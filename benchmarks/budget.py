@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import itertools
 import json
 import os
 import statistics
@@ -177,9 +176,9 @@ def gpu_us(llm: Any, spec: dict[str, Any], batch: int) -> dict[str, float]:
     from torch.profiler import ProfilerActivity, profile
 
     steps = steps_of(llm, spec, batch, PROFILED)
-    first = next(steps)
+    step = next(steps)  # prefill and warm-up are done
     with profile(activities=[ProfilerActivity.CUDA]) as found:
-        for step in itertools.chain([first], itertools.islice(steps, PROFILED - 1)):
+        for _ in range(PROFILED):
             step()
         torch.cuda.synchronize()
     for _ in steps:  # ends the requests

@@ -21,7 +21,7 @@ import torch
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
 from benchmarks import measure
-from vllm_gems.kernels.linear import PROJECTIONS, ROWS, Projection, Shape, key_of, tiling_for
+from vllm_gems.kernels.linear import PROJECTIONS, ROWS, Shape, key_of, tiling_for
 from vllm_gems.tuning.linear import CLASSES, DTYPE, TOLERANCE, call_of, inputs_of, relative_error, weights
 from vllm_gems.tuning.timing import gpu_us
 
@@ -51,9 +51,8 @@ def stock(shape: Shape) -> Callable[..., torch.Tensor]:
     return call
 
 
-def compare(model: str, name: str, layer: Projection) -> Iterator[dict[str, Any]]:
+def compare(model: str, name: str, shape: Shape) -> Iterator[dict[str, Any]]:
     """Rows of the record, for one layer."""
-    shape = Shape(*layer)
     sets = weights(shape, "cuda")
     sides = {"ours": call_of(shape, None, DEVICE), "cublas": stock(shape)}
     for rows in ROWS:
@@ -92,7 +91,7 @@ def main() -> None:
         ratio = row["ours"] / row["against"]["cublas"]
         print(f"{' '.join(map(str, row['case'].values())):44} {row['ours']:8.2f} {row['against']['cublas']:8.2f} "
               f"{row['unit']:15} ratio {ratio:.3f} {row.get('tb_per_s', '')}")  # fmt: skip
-    tilings = {key_of(Shape(*layer), rows): tiling_for(Shape(*layer), rows, DTYPE, DEVICE)._asdict()
+    tilings = {key_of(layer, rows): tiling_for(layer, rows, DTYPE, DEVICE)._asdict()
                for _, _, layer in layers for rows in CLASSES}  # fmt: skip
     measure.record("linear", rows, folder=args.out, commit=args.commit, tilings=tilings)
 

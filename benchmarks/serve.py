@@ -524,7 +524,7 @@ def run_child(side: Side, name: str, spec: dict[str, Any], out: Path) -> dict[st
 
 
 def run_all(args: argparse.Namespace, model: Model, out: Path) -> dict[str, dict[str, Any]]:
-    """Results by process: off, on, off, on; the float32 engine beside one that is not timed, else at the end."""
+    """Results by process: first those that only decode for comparison, side by side, then those that are timed."""
     folder = out / "model"
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(model.config))
@@ -566,7 +566,7 @@ def run_all(args: argparse.Namespace, model: Model, out: Path) -> dict[str, dict
                     beside.append((run, (side, name)))
     if args.reference and verify_at:
         beside.append((compare_with_reference, ()))
-    if args.against_compiled:
+    if args.against_compiled and args.times:
         side = sides_of("compiled")[0]
         alone.append((side, f"{side.name}-0", {"timed": True, "verify": []}))
     with ThreadPoolExecutor() as pool:

@@ -17,7 +17,7 @@ from vllm_gems import cli, tuned
 from vllm_gems.kernels.linear import Shape, default_tiling, key_of
 from vllm_gems.tuning import search as searching
 from vllm_gems.tuning.linear import LINEAR
-from vllm_gems.tuning.models import PRESETS, Linear, linears
+from vllm_gems.tuning.models import PRESETS, linears
 from vllm_gems.tuning.search import Job, Tunable, best_of_all, generalise, keep, pending, search
 
 QWEN2 = {
@@ -55,7 +55,7 @@ DEEPSEEK = {
     ],
 )  # fmt: skip
 def test_layers_are_those_that_vllm_makes_of_a_configuration(config: Any, tp: int, expected: set[Any]) -> None:
-    assert set(linears(config, tp)) == {Linear(*each) for each in expected}
+    assert set(linears(config, tp)) == {Shape(*each) for each in expected}
 
 
 def test_what_is_no_decoder_or_does_not_divide_is_refused() -> None:

@@ -67,6 +67,15 @@ def attention(
     return out
 
 
+def _slots(slot_mapping: torch.Tensor, block_size: int, kv_cache_dtype: str) -> tuple[torch.Tensor, Any]:
+    """The rows that are written, and where to: (block, place in the block)."""
+    if kv_cache_dtype.startswith("fp8"):
+        raise NotImplementedError(f"flash_on_cpu: a KV cache in {kv_cache_dtype}")
+    rows = (slot_mapping >= 0).nonzero().flatten()
+    slots = slot_mapping[rows]
+    return rows, (slots // block_size, slots % block_size)
+
+
 def write_cache(
     key: torch.Tensor,
     value: torch.Tensor,
@@ -77,13 +86,9 @@ def write_cache(
     *_scales: torch.Tensor,
 ) -> None:
     """`reshape_and_cache_flash`: as many rows as there are slots, none where the slot is negative (padding)."""
-    if kv_cache_dtype.startswith("fp8"):
-        raise NotImplementedError(f"flash_on_cpu: a KV cache in {kv_cache_dtype}")
-    rows = (slot_mapping >= 0).nonzero().flatten()
-    slots = slot_mapping[rows]
-    block, offset = slots // key_cache.shape[1], slots % key_cache.shape[1]
-    key_cache[block, offset] = key[rows]
-    value_cache[block, offset] = value[rows]
+    rows, slots = _slots(slot_mapping, key_cache.shape[1], kv_cache_dtype)
+    key_cache[slots] = key[rows]
+    value_cache[slots] = value[rows]
 
 
 def latent_attention(
@@ -121,12 +126,8 @@ def write_latent_cache(
     scale: torch.Tensor,
 ) -> None:
     """`concat_and_cache_mla`: as many rows as there are slots, none where the slot is negative (padding)."""
-    if kv_cache_dtype.startswith("fp8"):
-        raise NotImplementedError(f"flash_on_cpu: a KV cache in {kv_cache_dtype}")
-    rows = (slot_mapping >= 0).nonzero().flatten()
-    slots = slot_mapping[rows]
-    latents = torch.cat((kv_c[rows], k_pe[rows]), dim=-1)
-    kv_cache[slots // kv_cache.shape[1], slots % kv_cache.shape[1]] = latents
+    rows, slots = _slots(slot_mapping, kv_cache.shape[1], kv_cache_dtype)
+    kv_cache[slots] = torch.cat((kv_c[rows], k_pe[rows]), dim=-1)
 
 
 @functools.cache

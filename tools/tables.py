@@ -116,30 +116,22 @@ def linear(record: Record) -> str:
 
 def eager_budget(record: Record) -> str:
     """Microseconds of a step by part: vLLM's and ours at each batch size."""
-    batches = list(dict.fromkeys(row["case"]["batch"] for row in record["rows"]))
-    parts = by(record["rows"], "part")
-    gpu = parts.pop(("GPU at work",), [])
-    total = {
-        batch: [sum(times) for times in zip(*(_sides(row) for group in parts.values() for row in group
-                                              if row["case"]["batch"] == batch), strict=True)]
-        for batch in batches
-    }  # fmt: skip
-    rows = [
-        (part, *(f"{side:.0f}" for batch in batches for side in _sides(_at(group, batch))))
-        for (part,), group in parts.items()
-    ]
-    rows.append(("**the host, in all**", *(f"**{side:.0f}**" for batch in batches for side in total[batch])))
-    rows.append(("the GPU at work", *(f"{side:.0f}" for batch in batches for side in _sides(_at(gpu, batch)))))
-    head = ("part", *(f"{side}, batch {batch}" for batch in batches for side in ("vLLM", "vllm-gems")))
-    return markdown(head, rows)
+    sides = "vLLM", "vllm-gems"
+    value = {
+        (row["case"]["part"], row["case"]["batch"], side): us
+        for row in record["rows"]
+        for side, us in zip(sides, (row["against"]["stock"], row["ours"]), strict=True)
+    }
+    gpu = "GPU at work"
+    parts = [part for part in dict.fromkeys(part for part, _, _ in value) if part != gpu]
+    columns = list(dict.fromkeys((batch, side) for _, batch, side in value))
 
+    def line(name: str, *summed: str, shown: str = "{:.0f}") -> tuple[str, ...]:
+        return name, *(shown.format(sum(value.get((part, *column), 0.0) for part in summed)) for column in columns)
 
-def _sides(row: Record | None) -> tuple[float, float]:
-    return (row["against"]["stock"], row["ours"]) if row else (0.0, 0.0)
-
-
-def _at(group: Iterable[Record], batch: int) -> Record | None:
-    return next((row for row in group if row["case"]["batch"] == batch), None)
+    rows = [line(part, part) for part in parts]
+    rows += [line("**the host, in all**", *parts, shown="**{:.0f}**"), line(f"the {gpu}", gpu)]
+    return markdown(("part", *(f"{side}, batch {batch}" for batch, side in columns)), rows)
 
 
 def vllm_suite(record: Record) -> str:

@@ -146,8 +146,8 @@ class Shape(NamedTuple):
 
     in_features: int
     out_features: int  # of the result; a gated layer's weight has twice as many rows
-    bias: bool
-    gated: bool
+    bias: bool = False
+    gated: bool = False
 
 
 class Tiling(NamedTuple):
@@ -191,11 +191,14 @@ def _spread(tiling: Tiling, shape: Shape, enough: int) -> Tiling:
     return tiling._replace(split=split)
 
 
-def key_of(shape: Shape | None, rows: int, gated: bool = False) -> str:
-    """By which measured tilings are kept; without a shape, those that are best for all that were measured together."""
-    if shape is None:
-        return f"any{' gated' if gated else ''} {rows}"
+def key_of(shape: Shape, rows: int) -> str:
+    """By which measured tilings are kept."""
     return f"{shape.in_features}x{shape.out_features}{' gated' if shape.gated else ''} {rows}"
+
+
+def general_key(gated: bool, rows: int) -> str:
+    """By which is kept what is best for all layers that were measured together."""
+    return f"any{' gated' if gated else ''} {rows}"
 
 
 @functools.cache
@@ -209,7 +212,7 @@ def tiling_for(shape: Shape, rows: int, dtype: torch.dtype, device: int) -> Tili
     if dtype.itemsize == 2:
         if found := tuned.lookup("linear", device, key_of(shape, rows), source()):
             return Tiling(**found)
-        if found := tuned.lookup("linear", device, key_of(None, rows, shape.gated), source()):
+        if found := tuned.lookup("linear", device, general_key(shape.gated, rows), source()):
             return _spread(Tiling(**found), shape, _ENOUGH // 2)
     return default_tiling(shape, rows, dtype.itemsize)
 
@@ -410,32 +413,23 @@ def silu_gated_linear_reference(
     return (torch.nn.functional.silu(gate) * up,)
 
 
-class Projection(NamedTuple):
-    """One linear layer of a named model."""
-
-    in_features: int
-    out_features: int
-    bias: bool = False
-    gated: bool = False
-
-
 # The linear layers of a decoder layer: qkv, o, gate and up, down.
-PROJECTIONS: dict[str, dict[str, Projection]] = {
+PROJECTIONS: dict[str, dict[str, Shape]] = {
     "qwen2.5-7b": {
-        "qkv": Projection(3584, 4608, bias=True),
-        "o": Projection(3584, 3584),
-        "gate_up": Projection(3584, 18944, gated=True),
-        "down": Projection(18944, 3584),
+        "qkv": Shape(3584, 4608, bias=True),
+        "o": Shape(3584, 3584),
+        "gate_up": Shape(3584, 18944, gated=True),
+        "down": Shape(18944, 3584),
     },
     "llama-3.1-8b": {
-        "qkv": Projection(4096, 6144),
-        "o": Projection(4096, 4096),
-        "gate_up": Projection(4096, 14336, gated=True),
-        "down": Projection(14336, 4096),
+        "qkv": Shape(4096, 6144),
+        "o": Shape(4096, 4096),
+        "gate_up": Shape(4096, 14336, gated=True),
+        "down": Shape(14336, 4096),
     },
     "qwen3-8b": {
-        "gate_up": Projection(4096, 12288, gated=True),
-        "down": Projection(12288, 4096),
+        "gate_up": Shape(4096, 12288, gated=True),
+        "down": Shape(12288, 4096),
     },
 }
 ROWS = (1, 8, 16, 32, 64)  # at which they are timed

@@ -19,6 +19,7 @@ from ..errors import Refused
 from ..launch import Build, Launch, launcher, pointer
 from ..nouns import Case, Kernel
 from .common import TOKENS, dtype_of, nbytes, power_of_two, randn, strided
+from .paged import elsewhere, tokens_refuse
 
 # A program of one warp keeps its token's latent in registers, 16 elements a thread.
 MAX_LATENT = 512
@@ -270,20 +271,13 @@ def mla_rope_and_cache_refuses(
     for name, x in (("query_rope", query_rope), ("kv", kv), ("kv_cache", kv_cache)):
         if max(x.stride()) >= 2**31 or num_heads * query_rope.stride(1) >= 2**31:
             return f"{name} of strides {x.stride()} has rows or heads 2**31 elements apart, or more"
-    for name, x in (("positions", positions), ("slot_mapping", slot_mapping)):
-        if x.dtype not in (torch.int32, torch.int64):
-            return f"{name} has dtype {x.dtype}, not int32 or int64"
-        if x.shape != (num_tokens,) or not x.is_contiguous():
-            have = f"{name} of shape {tuple(x.shape)} and strides {x.stride()}"
-            return f"{have} is not a contiguous ({num_tokens},), one for each token of query_rope"
+    if reason := tokens_refuse(positions, slot_mapping, num_tokens, "query_rope"):
+        return reason
     others = {
         "kv": kv, "weight": weight, "positions": positions, "cos_sin_cache": cos_sin_cache, "kv_cache": kv_cache,
         "slot_mapping": slot_mapping,
     }  # fmt: skip
-    for name, x in others.items():
-        if x.device != query_rope.device:
-            return f"{name} is on {x.device}, query_rope on {query_rope.device}"
-    return None
+    return elsewhere(others, "query_rope", query_rope.device)
 
 
 def mla_rope_and_cache(

@@ -1,8 +1,8 @@
-"""What the kernels over a paged KV cache share: how requests' pages are checked, and made for their cases."""
+"""What the kernels over a paged KV cache share: how pages and tokens are checked, and pages made for cases."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -17,6 +17,25 @@ def pages_refuse(
             have = f"{x.dtype} {tuple(x.shape)} of strides {x.stride()} on {x.device}"
             wanted = ", ".join(map(str, shape))
             return f"{name} is {have}, expected torch.int32 [{wanted}] on {device}, rows contiguous"
+    return None
+
+
+def tokens_refuse(positions: torch.Tensor, slot_mapping: torch.Tensor, num_tokens: int, of: str) -> str | None:
+    """None if each of the tokens of `of` has one position and one slot, integers and contiguous, else why not."""
+    for name, x in (("positions", positions), ("slot_mapping", slot_mapping)):
+        if x.dtype not in (torch.int32, torch.int64):
+            return f"{name} has dtype {x.dtype}, not int32 or int64"
+        if x.shape != (num_tokens,) or not x.is_contiguous():
+            have = f"{name} of shape {tuple(x.shape)} and strides {x.stride()}"
+            return f"{have} is not a contiguous ({num_tokens},), one for each token of {of}"
+    return None
+
+
+def elsewhere(others: Mapping[str, torch.Tensor], of: str, device: torch.device) -> str | None:
+    """None if the others are on `device`, where `of` is, else which is not."""
+    for name, x in others.items():
+        if x.device != device:
+            return f"{name} is on {x.device}, {of} on {device}"
     return None
 
 

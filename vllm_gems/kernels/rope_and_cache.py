@@ -18,6 +18,7 @@ from ..errors import Refused
 from ..launch import Build, Launch, launcher, pointer
 from ..nouns import Case, Kernel
 from .common import TOKENS, dtype_of, nbytes, power_of_two, randn, strided
+from .paged import elsewhere, tokens_refuse
 
 MAX_HEAD_SIZE = 256
 
@@ -321,20 +322,13 @@ def rope_and_cache_refuses(
     if width != (expected := (num_heads + 2 * spec.num_kv_heads) * spec.head_size):
         heads = f"{num_heads} heads of q and {spec.num_kv_heads} each of k and v"
         return f"qkv has rows of {width}, not the {expected} elements of {heads} of {spec.head_size}"
-    for name, x in (("positions", positions), ("slot_mapping", slot_mapping)):
-        if x.dtype not in (torch.int32, torch.int64):
-            return f"{name} has dtype {x.dtype}, not int32 or int64"
-        if x.shape != (num_tokens,) or not x.is_contiguous():
-            have = f"{name} of shape {tuple(x.shape)} and strides {x.stride()}"
-            return f"{have} is not a contiguous ({num_tokens},), one for each token of qkv"
+    if reason := tokens_refuse(positions, slot_mapping, num_tokens, "qkv"):
+        return reason
     others = {
         "positions": positions, "cos_sin_cache": cos_sin_cache, "key_cache": key_cache, "value_cache": value_cache,
         "slot_mapping": slot_mapping,
     }  # fmt: skip
-    for name, x in others.items():
-        if x.device != qkv.device:
-            return f"{name} is on {x.device}, qkv on {qkv.device}"
-    return None
+    return elsewhere(others, "qkv", qkv.device)
 
 
 def qk_norm_rope_and_cache_refuses(

@@ -16,6 +16,7 @@ from ..kernels.linear import (
     bind_linear,
     build_of,
     default_tiling,
+    general_key,
     key_of,
     linear_reference,
     silu_gated_linear_reference,
@@ -42,10 +43,9 @@ class Product(NamedTuple):
 def jobs(config: Mapping[str, Any], tp: int, max_tokens: int, max_reqs: int) -> Iterator[Job]:
     """A job for each layer and class of rows that a decode step can have."""
     most = min(max_tokens, max_reqs)
-    for layer in linears(config, tp):
+    for shape in linears(config, tp):
         for rows, counts in CLASSES.items():
             if most >= min(counts):
-                shape = Shape(*layer)
                 yield Job(key_of(shape, rows), Product(shape, rows))
 
 
@@ -144,7 +144,7 @@ def general(times: Mapping[str, Mapping[Any, float]]) -> Mapping[str, Any]:
     groups: dict[str, list[Mapping[Any, float]]] = {}
     for key, each in times.items():
         rows = int(key.rpartition(" ")[2])
-        groups.setdefault(key_of(None, rows, " gated " in key), []).append(each)
+        groups.setdefault(general_key(" gated " in key, rows), []).append(each)
     return {key: best_of_all(found) for key, found in groups.items()}
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
+
+from ..kernels.linear import Shape
 
 # The models that a family's name stands for: the numbers of their public configurations.
 PRESETS: dict[str, tuple[dict[str, Any], ...]] = {
@@ -30,15 +32,6 @@ PRESETS: dict[str, tuple[dict[str, Any], ...]] = {
          "moe_intermediate_size": 2048, "n_shared_experts": 1},
     ),
 }  # fmt: skip
-
-
-class Linear(NamedTuple):
-    """One linear layer as a rank of tensor parallelism has it."""
-
-    in_features: int
-    out_features: int  # of the result: a gated layer's weight has twice as many rows
-    bias: bool = False
-    gated: bool = False
 
 
 def configurations(model: str) -> tuple[dict[str, Any], ...]:
@@ -67,7 +60,7 @@ def _shared(size: int, ranks: int, name: str) -> int:
     return size // ranks
 
 
-def linears(config: Mapping[str, Any], tp: int = 1) -> list[Linear]:
+def linears(config: Mapping[str, Any], tp: int = 1) -> list[Shape]:
     """The different linear layers of a decoder layer on one of `tp` ranks, fused as vLLM fuses them.
 
     Raises ValueError for a configuration that lacks a size, or a `tp` that does not divide one.
@@ -80,23 +73,23 @@ def linears(config: Mapping[str, Any], tp: int = 1) -> list[Linear]:
         raise ValueError(f"the configuration has no {error}, so it is not that of a decoder") from None
     bias = bool(config.get("attention_bias") or config.get("model_type") == "qwen2")
     mine = _shared(heads, tp, "num_attention_heads")
-    found: list[Linear] = []
+    found: list[Shape] = []
     if config.get("kv_lora_rank"):
         key = config["qk_nope_head_dim"] + config["qk_rope_head_dim"]
         latent = config["kv_lora_rank"] + config["qk_rope_head_dim"]
         if rank := config.get("q_lora_rank"):
-            found += [Linear(hidden, rank + latent), Linear(rank, mine * key)]
+            found += [Shape(hidden, rank + latent), Shape(rank, mine * key)]
         else:
-            found += [Linear(hidden, mine * key), Linear(hidden, latent)]
-        found.append(Linear(mine * config["v_head_dim"], hidden))
+            found += [Shape(hidden, mine * key), Shape(hidden, latent)]
+        found.append(Shape(mine * config["v_head_dim"], hidden))
     else:
         size = config.get("head_dim") or hidden // heads
         pairs = max(1, config.get("num_key_value_heads", heads) // tp)
-        found += [Linear(hidden, (mine + 2 * pairs) * size, bias), Linear(mine * size, hidden)]
+        found += [Shape(hidden, (mine + 2 * pairs) * size, bias), Shape(mine * size, hidden)]
     widths = [intermediate]
     if shared := config.get("n_shared_experts"):
         widths.append(shared * config["moe_intermediate_size"])
     for width in widths:
         width = _shared(width, tp, "intermediate_size")
-        found += [Linear(hidden, width, gated=True), Linear(width, hidden)]
+        found += [Shape(hidden, width, gated=True), Shape(width, hidden)]
     return list(dict.fromkeys(found))

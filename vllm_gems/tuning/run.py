@@ -55,19 +55,19 @@ def _measured(index: int, every: list[Job], gpu: str, slug: str) -> list[dict[st
     from tqdm import tqdm  # type: ignore[import-untyped]
 
     tunable = tunables()[index]
-    todo = pending(tunable, slug, every)
-    work = [(job, candidate) for job in todo for candidate in tunable.candidates(job)]
-    rows = [{"kernel": tunable.kernel, "key": job.key, "candidates": 0} for job in every if job not in todo]
+    trials = {job: tunable.candidates(job) for job in pending(tunable, slug, every)}
+    rows = [{"kernel": tunable.kernel, "key": job.key, "candidates": 0} for job in every if job not in trials]
+    work = [(job, candidate) for job, tried in trials.items() for candidate in tried]
     # Compiling and timing take about the same: each candidate counts twice.
     with tqdm(total=2 * len(work), desc=tunable.kernel, unit="trial") as bar:
         right = compiled(index, work, _arch(), bar.update) if work else set()
-        for job in todo:
-            candidates = [candidate for each, candidate in work if each == job and (job, candidate) in right]
+        for job, tried in trials.items():
+            candidates = [candidate for candidate in tried if (job, candidate) in right]
             outcome = search(tunable, job, candidates, tunable.prepare(job, "cuda"))
             keep(tunable, slug, gpu, job, outcome)
-            bar.update(sum(each == job for each, _ in work))
+            bar.update(len(tried))
             rows.append({"kernel": tunable.kernel, "key": job.key, "candidates": len(candidates), "us": outcome.us})
-    if todo:
+    if trials:
         generalise(tunable, slug, gpu)
     return rows
 
