@@ -170,28 +170,42 @@ def test_lookup_is_of_a_users_first_and_is_told(store: Path, monkeypatch: pytest
 
 
 WRITER = """
-import sys
+import sys, threading
 from vllm_gems import tuned
-number = int(sys.argv[1])
-for key in ("shared", f"own {number}"):
-    for size in range(20):
-        entry = {"key": key, "configuration": {"size": size, "by": number}, "source": "s", "versions": tuned.versions()}
-        tuned.write("toy", "gpu", entry)
+
+def write(number):
+    for key in ("shared", f"own {number}"):
+        for size in range(20):
+            configuration = {"size": size, "by": number}
+            entry = {"key": key, "configuration": configuration, "source": "s", "versions": tuned.versions()}
+            tuned.write("toy", "gpu", entry)
+
+first = 4 * int(sys.argv[1])
+threads = [threading.Thread(target=write, args=(number,)) for number in range(first, first + 4)]
+failed = []
+threading.excepthook = failed.append
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+sys.exit(len(failed))
 """
 
 
 def test_64_writers_at_once_lose_and_break_nothing(store: Path) -> None:
+    """Four threads in each of sixteen processes, all of which write one key and one of their own."""
     writers = [
         subprocess.Popen([sys.executable, "-c", WRITER, str(number)], cwd=ROOT, env=_environ(store))
-        for number in range(64)
+        for number in range(16)
     ]
     while any(writer.poll() is None for writer in writers):
         for path in tuned.folder_of("toy", "gpu").glob("*.json"):
             json.loads(path.read_text())  # whole at any moment
-    assert [writer.wait() for writer in writers] == [0] * 64
+    assert [writer.wait() for writer in writers] == [0] * 16
     found = tuned.Table("toy", "gpu", "s").configurations
     assert set(found) == {"shared", *(f"own {number}" for number in range(64))}
     assert all(found[f"own {number}"] == {"size": 19, "by": number} for number in range(64))
+    assert found["shared"]["size"] == 19
     assert not list(tuned.folder_of("toy", "gpu").glob("*.part"))
 
 

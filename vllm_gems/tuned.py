@@ -13,8 +13,8 @@ import hashlib
 import importlib.metadata
 import inspect
 import json
-import os
 import sys
+import uuid
 from collections import Counter
 from collections.abc import Iterable
 from importlib import resources
@@ -88,13 +88,17 @@ def stale(entry: dict[str, Any], source: str) -> str | None:
 
 
 def write(kernel: str, slug: str, entry: dict[str, Any]) -> Path:
-    """Add or replace a user's configuration, whole or not at all; processes that do so at once do not wait."""
+    """Add or replace a user's configuration, whole or not at all; those who do so at once do not wait."""
     folder = folder_of(kernel, slug)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{hashlib.sha256(entry['key'].encode()).hexdigest()[:24]}.json"
-    partial = path.with_suffix(f".{os.getpid()}.part")
-    partial.write_text(json.dumps(entry, indent=1) + "\n")
-    partial.replace(path)
+    # Of no other writer, be it a thread of this process or a process of another host.
+    partial = path.with_suffix(f".{uuid.uuid4().hex}.part")
+    try:
+        partial.write_text(json.dumps(entry, indent=1) + "\n")
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
     return path
 
 
