@@ -127,7 +127,7 @@ def test_what_is_done_is_not_done_again_unless_the_source_or_a_version_changed(
 ) -> None:
     jobs = [Job("a 16", 0), Job("b 16", 0)]
     assert pending(toy(), "gpu", jobs) == jobs
-    keep(toy(), "gpu", "GPU", jobs[0], search(toy(), jobs[0], ALL, 0))
+    keep(toy(), "gpu", jobs[0], search(toy(), jobs[0], ALL, 0))
     assert pending(toy(), "gpu", jobs) == jobs[1:]
     with monkeypatch.context() as patched:
         patched.setattr(tuned, "versions", lambda: {"torch": "2.11.0", "triton": "99"})
@@ -142,8 +142,8 @@ def test_what_is_done_is_not_done_again_unless_the_source_or_a_version_changed(
 def test_what_was_not_measured_takes_what_is_best_for_all(store: Path) -> None:
     for key, times in (("a", {1: 1.0, 2: 2.0, 3: 1.5}), ("b", {1: 9.0, 2: 1.0, 3: 1.2})):
         job = Job(key, 0)
-        keep(toy(), "gpu", "GPU", job, search(toy(lambda each, t=times: t[each.size]), job, ALL[:3], 0))  # type: ignore[misc]
-    generalise(toy(), "gpu", "GPU")
+        keep(toy(), "gpu", job, search(toy(lambda each, t=times: t[each.size]), job, ALL[:3], 0))  # type: ignore[misc]
+    generalise(toy(), "gpu")
     found = tuned.Table("toy", "gpu", "the source").configurations
     assert found == {"a": {"size": 1}, "b": {"size": 2}, "any": {"size": 3}}
 
@@ -157,7 +157,7 @@ def test_lookup_is_of_a_users_first_and_is_told(store: Path, monkeypatch: pytest
     assert shipped is not None
     tuned._TABLES.clear()
     job = Job(key, 0)
-    keep(LINEAR, "h100", "NVIDIA H100 80GB HBM3", job, searching.Outcome(Shape(1, 2, False, False), 1.0, {}, {}))
+    keep(LINEAR, "NVIDIA H100 80GB HBM3", job, searching.Outcome(Shape(1, 2, False, False), 1.0, {}, {}))
     assert tuned.lookup("linear", 0, key, LINEAR.source()) == Shape(1, 2, False, False)._asdict()
     assert tuned.lookup("linear", 0, "1x1 16", LINEAR.source()) is None
     assert tuned.lookup("linear", -1, key, LINEAR.source()) is None
@@ -169,15 +169,42 @@ def test_lookup_is_of_a_users_first_and_is_told(store: Path, monkeypatch: pytest
     assert set(tuned.states()["linear"]["stale"]) == {"shipped, of another source", "of another source"}
 
 
+def test_what_is_no_configuration_is_counted_and_breaks_nothing(store: Path) -> None:
+    job = Job("a 16", 0)
+    keep(toy(), "gpu", job, search(toy(), job, ALL, 0))
+    folder = tuned.folder_of("toy", "gpu")
+    (folder / "empty.json").write_text("")
+    (folder / "list.json").write_text("[1]")
+    (folder / "half.json").write_text('{"key": "b 16", "source": "the source", "versions": {}}')
+    table = tuned.Table("toy", "gpu", "the source")
+    assert (table.configurations, table.stale) == ({"a 16": {"size": 1}}, {"not readable": 3})
+    assert pending(toy(), "gpu", [job, Job("b 16", 0)]) == [Job("b 16", 0)]
+    generalise(toy(), "gpu")
+    assert set(tuned.Table("toy", "gpu", "the source").configurations) == {"a 16", "any"}
+
+
+def test_a_configuration_is_for_the_gpu_it_was_measured_on(store: Path) -> None:
+    """Where a home folder is shared by machines, cards of one make have configurations of their own."""
+    small, large = "NVIDIA GeForce RTX 3060", "NVIDIA GeForce RTX 4090"
+    job = Job("a 16", 0)
+    keep(toy(), small, job, search(toy(), job, ALL, 0))
+    assert pending(toy(), large, [job]) == [job]
+    keep(toy(), large, job, search(toy(), job, ALL[1:], 0))
+    for gpu, size in ((small, 1), (large, 2)):
+        assert tuned.Table("toy", gpu, "the source").configurations == {"a 16": {"size": size}}
+
+
 WRITER = """
-import sys, threading
+import json, sys, threading
 from vllm_gems import tuned
+
+versions = json.loads(sys.argv[2])  # asked for, they would import torch in every process
 
 def write(number):
     for key in ("shared", f"own {number}"):
         for size in range(20):
             configuration = {"size": size, "by": number}
-            entry = {"key": key, "configuration": configuration, "source": "s", "versions": tuned.versions()}
+            entry = {"key": key, "configuration": configuration, "source": "s", "versions": versions}
             tuned.write("toy", "gpu", entry)
 
 first = 4 * int(sys.argv[1])
@@ -194,8 +221,9 @@ sys.exit(len(failed))
 
 def test_64_writers_at_once_lose_and_break_nothing(store: Path) -> None:
     """Four threads in each of sixteen processes, all of which write one key and one of their own."""
+    command = [sys.executable, "-c", WRITER]
     writers = [
-        subprocess.Popen([sys.executable, "-c", WRITER, str(number)], cwd=ROOT, env=_environ(store))
+        subprocess.Popen([*command, str(number), json.dumps(tuned.versions())], cwd=ROOT, env=_environ(store))
         for number in range(16)
     ]
     while any(writer.poll() is None for writer in writers):
@@ -221,7 +249,7 @@ def slow(candidate):
 
 for job in pending(toy(), "gpu", [Job(f"job {number}", 0) for number in range(12)]):
     print(job.key, flush=True)
-    keep(toy(), "gpu", "GPU", job, search(toy(slow), job, ALL, 0))
+    keep(toy(), "gpu", job, search(toy(slow), job, ALL, 0))
 """
 
 

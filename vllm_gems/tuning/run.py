@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from .. import tuned
 from .models import configurations
 from .search import Job, chosen, compiled, generalise, keep, pending, search, tunables
 
@@ -44,18 +43,17 @@ def pretune(
     if not torch.cuda.is_available() or torch.version.hip is not None:
         raise ValueError("there is no NVIDIA GPU here to measure on; --dry-run says what would be measured")
     gpu = torch.cuda.get_device_name()
-    slug = tuned.gpu_slug(gpu)
     rows = []
     for index, every in jobs.items():
-        rows += _measured(index, every, gpu, slug)
+        rows += _measured(index, every, gpu)
     return _told(rows)
 
 
-def _measured(index: int, every: list[Job], gpu: str, slug: str) -> list[dict[str, Any]]:
+def _measured(index: int, every: list[Job], gpu: str) -> list[dict[str, Any]]:
     from tqdm import tqdm  # type: ignore[import-untyped]
 
     tunable = tunables()[index]
-    todo = pending(tunable, slug, every)
+    todo = pending(tunable, gpu, every)
     work = [(job, candidate) for job in todo for candidate in tunable.candidates(job)]
     rows = [{"kernel": tunable.kernel, "key": job.key, "candidates": 0} for job in every if job not in todo]
     # Compiling and timing take about the same: each candidate counts twice.
@@ -64,11 +62,11 @@ def _measured(index: int, every: list[Job], gpu: str, slug: str) -> list[dict[st
         for job in todo:
             candidates = [candidate for each, candidate in work if each == job and (job, candidate) in right]
             outcome = search(tunable, job, candidates, tunable.prepare(job, "cuda"))
-            keep(tunable, slug, gpu, job, outcome)
+            keep(tunable, gpu, job, outcome)
             bar.update(sum(each == job for each, _ in work))
             rows.append({"kernel": tunable.kernel, "key": job.key, "candidates": len(candidates), "us": outcome.us})
     if todo:
-        generalise(tunable, slug, gpu)
+        generalise(tunable, gpu)
     return rows
 
 

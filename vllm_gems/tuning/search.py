@@ -69,16 +69,16 @@ def search(tunable: Tunable, job: Job, candidates: Iterable[Any], context: Any) 
     return Outcome(best, times[best], times, lost)
 
 
-def pending(tunable: Tunable, slug: str, jobs: Iterable[Job]) -> list[Job]:
+def pending(tunable: Tunable, gpu: str, jobs: Iterable[Job]) -> list[Job]:
     """The jobs that the store has no valid result for."""
     source = tunable.source()
-    known = {each["key"] for each in tuned.entries(tunable.kernel, slug) if tuned.stale(each, source) is None}
+    known = {each["key"] for each in tuned.entries(tunable.kernel, gpu) if tuned.stale(each, source) is None}
     return [job for job in jobs if job.key not in known]
 
 
-def keep(tunable: Tunable, slug: str, gpu: str, job: Job, outcome: Outcome) -> None:
+def keep(tunable: Tunable, gpu: str, job: Job, outcome: Outcome) -> None:
     """Write a job's result into the store."""
-    tuned.write(tunable.kernel, slug, {
+    tuned.write(tunable.kernel, gpu, {
         "key": job.key,
         "configuration": outcome.best._asdict(),
         "us": round(outcome.us, 2),
@@ -89,19 +89,19 @@ def keep(tunable: Tunable, slug: str, gpu: str, job: Job, outcome: Outcome) -> N
     })  # fmt: skip
 
 
-def generalise(tunable: Tunable, slug: str, gpu: str) -> None:
+def generalise(tunable: Tunable, gpu: str) -> None:
     """Write the configurations for what was not measured itself, from all that was."""
     source = tunable.source()
     times: dict[str, dict[tuple[Any, ...], float]] = {}
     fields: tuple[str, ...] = ()
-    for entry in tuned.entries(tunable.kernel, slug):
+    for entry in tuned.entries(tunable.kernel, gpu):
         if tuned.stale(entry, source) is None and "times" in entry:
             fields = tuple(entry["configuration"])
             times[entry["key"]] = {tuple(found[name] for name in fields): us for found, us in entry["times"]}
     for key, best in tunable.general(times).items():
         configuration = dict(zip(fields, best, strict=True))
         entry = {"key": key, "configuration": configuration, "gpu": gpu, "versions": tuned.versions(), "source": source}
-        tuned.write(tunable.kernel, slug, entry)
+        tuned.write(tunable.kernel, gpu, entry)
 
 
 def best_of_all(times: Iterable[Mapping[Any, float]]) -> Any:
