@@ -87,6 +87,7 @@ def toy(
     return Tunable(
         ops=("toy",),
         kernel="toy",
+        dtype="float32",
         source=lambda: "the source",
         jobs=lambda config, tp, max_tokens, max_reqs: [],
         candidates=lambda job: [Toy(size) for size in (1, 2, 3, 4)],
@@ -167,6 +168,28 @@ def test_lookup_is_of_a_users_first_and_is_told(store: Path, monkeypatch: pytest
     tuned._TABLES.clear()
     assert tuned.lookup("linear", 0, "any 16", "a changed kernel") is None
     assert set(tuned.states()["linear"]["stale"]) == {"shipped, of another source", "of another source"}
+
+
+@pytest.mark.parametrize(
+    ("gpu", "triton", "told"),
+    [
+        ("NVIDIA H100 80GB HBM3", "3.6.0", None),
+        ("NVIDIA H100 80GB HBM3", "3.9.0", "triton 3.6.0"),
+        ("NVIDIA H100 PCIe", "3.6.0", "NVIDIA H100 80GB HBM3"),
+        ("NVIDIA H100 PCIe", "3.9.0", "NVIDIA H100 80GB HBM3, triton 3.6.0"),
+    ],
+)
+def test_what_is_shipped_is_used_elsewhere_and_that_is_told(
+    gpu: str, triton: str, told: str | None, store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tuned, "versions", lambda: {"torch": "2.11.0+cu130", "triton": triton})
+    table = tuned.Table("linear", gpu, LINEAR.source())
+    count = len(table.configurations)
+    assert count > 1
+    assert table.borrowed == ({told: count} if told else {})
+    key = next(iter(table.configurations))
+    keep(LINEAR, gpu, Job(key, 0), searching.Outcome(Shape(1, 2, False, False), 1.0, {}, {}))
+    assert tuned.Table("linear", gpu, LINEAR.source()).borrowed == ({told: count - 1} if told else {})
 
 
 def test_what_is_no_configuration_is_counted_and_breaks_nothing(store: Path) -> None:

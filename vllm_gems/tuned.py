@@ -2,9 +2,9 @@
 
 A user's are one file for each, so that any number of processes can write at once: `<folder>/<gpu>/<kernel>/<key>.json`.
 They are for the very GPU and the versions of PyTorch and Triton that they were measured with, and are ignored under
-others. Those that
-are shipped are used under any: measured on this GPU with another compiler, they are still a better guess than none. No
-configuration outlives a change of its kernel's source. `states` says what was found, and what was not used and why.
+others. Those that are shipped are used under any: measured with another compiler, or on another model of this GPU, they
+are still a better guess than none. No configuration outlives a change of its kernel's source. `states` says what was
+found, what of it is such a guess, and what was not used and why.
 """
 
 from __future__ import annotations
@@ -49,20 +49,40 @@ class Table:
 
     def __init__(self, kernel: str, gpu: str, source: str) -> None:
         self.configurations: dict[str, dict[str, Any]] = {}
+        self.borrowed: Counter[str] = Counter()  # shipped ones, by what else they were measured with
         self.stale: Counter[str] = Counter()
         self.missing: set[str] = set()
-        shipped = resources.files(__package__).joinpath("tuned", gpu_slug(gpu), f"{kernel}.json")
-        if shipped.is_file():
-            content = json.loads(shipped.read_text())
-            if content["source"] == source:
-                self.configurations.update(content["configurations"])
-            else:
-                self.stale["shipped, of another source"] += len(content["configurations"])
+        shipped, others = _shipped(kernel, gpu, source)
+        own = {}
         for entry in entries(kernel, gpu):
             if reason := stale(entry, source):
                 self.stale[reason] += 1
             else:
-                self.configurations[entry["key"]] = entry["configuration"]
+                own[entry["key"]] = entry["configuration"]
+        if others == _ANOTHER_SOURCE:
+            self.stale[f"shipped, {others}"] = len(shipped)
+        else:
+            self.configurations.update(shipped)
+            if others and shipped.keys() - own.keys():
+                self.borrowed[others] = len(shipped.keys() - own.keys())
+        self.configurations.update(own)
+
+
+_ANOTHER_SOURCE = "of another source"
+
+
+def _shipped(kernel: str, gpu: str, source: str) -> tuple[dict[str, dict[str, Any]], str]:
+    """(configurations, what they were measured with that is not here: `_ANOTHER_SOURCE`, another GPU or versions)."""
+    file = resources.files(__package__).joinpath("tuned", gpu_slug(gpu), f"{kernel}.json")
+    if not file.is_file():
+        return {}, ""
+    content = json.loads(file.read_text())
+    if content["source"] != source:
+        return content["configurations"], _ANOTHER_SOURCE
+    differs = [] if content["gpu"] == gpu else [content["gpu"]]
+    measured = content["versions"]
+    differs += [f"{name} {measured[name]}" for name, version in versions().items() if measured[name] != version]
+    return content["configurations"], ", ".join(differs)
 
 
 def folder_of(kernel: str, gpu: str) -> Path:
@@ -90,7 +110,7 @@ def stale(entry: dict[str, Any], source: str) -> str | None:
     if not entry:
         return "not readable"
     if entry["source"] != source:
-        return "of another source"
+        return _ANOTHER_SOURCE
     for name, version in versions().items():
         if entry["versions"].get(name) != version:
             return f"measured with {name} {entry['versions'].get(name)}"
@@ -133,8 +153,14 @@ def lookup(kernel: str, device: int, key: str, source: str) -> dict[str, Any] | 
 
 
 def states() -> dict[str, dict[str, Any]]:
-    """kernel -> how many configurations there are, which keys had none, and how many were not used, by reason."""
+    """kernel -> how many configurations there are, how many of them are borrowed and from what, which keys had none,
+    and how many were not used, by reason."""
     return {
-        kernel: {"found": len(table.configurations), "missing": sorted(table.missing), "stale": dict(table.stale)}
+        kernel: {
+            "found": len(table.configurations),
+            "borrowed": dict(table.borrowed),
+            "missing": sorted(table.missing),
+            "stale": dict(table.stale),
+        }
         for (kernel, _), table in _TABLES.items()
     }

@@ -151,6 +151,7 @@ def general(times: Mapping[str, Mapping[Any, float]]) -> Mapping[str, Any]:
 LINEAR = Tunable(
     ops=("linear", "silu_gated_linear"),
     kernel="linear",
+    dtype="bfloat16",
     source=source,
     jobs=jobs,
     candidates=candidates,

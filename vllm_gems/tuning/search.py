@@ -25,6 +25,7 @@ class Tunable:
 
     ops: tuple[str, ...]  # as --ops names them
     kernel: str  # under which the store keeps them
+    dtype: str  # of what is measured; a kernel that needs more than one has them in its keys
     source: Callable[[], str]
     # (model's configuration, ranks of tensor parallelism, most tokens of a step, most requests) -> jobs
     jobs: Callable[[Mapping[str, Any], int, int, int], Iterable[Job]]
@@ -84,6 +85,7 @@ def keep(tunable: Tunable, gpu: str, job: Job, outcome: Outcome) -> None:
         "us": round(outcome.us, 2),
         "times": [[candidate._asdict(), round(us, 2)] for candidate, us in outcome.times.items()],
         "gpu": gpu,
+        "dtype": tunable.dtype,
         "versions": tuned.versions(),
         "source": tunable.source(),
     })  # fmt: skip
@@ -100,8 +102,14 @@ def generalise(tunable: Tunable, gpu: str) -> None:
             times[entry["key"]] = {tuple(found[name] for name in fields): us for found, us in entry["times"]}
     for key, best in tunable.general(times).items():
         configuration = dict(zip(fields, best, strict=True))
-        entry = {"key": key, "configuration": configuration, "gpu": gpu, "versions": tuned.versions(), "source": source}
-        tuned.write(tunable.kernel, gpu, entry)
+        tuned.write(tunable.kernel, gpu, {
+            "key": key,
+            "configuration": configuration,
+            "gpu": gpu,
+            "dtype": tunable.dtype,
+            "versions": tuned.versions(),
+            "source": source,
+        })  # fmt: skip
 
 
 def best_of_all(times: Iterable[Mapping[Any, float]]) -> Any:
