@@ -18,7 +18,7 @@ from vllm_gems.kernels.linear import Shape, default_tiling, key_of
 from vllm_gems.tuning import search as searching
 from vllm_gems.tuning.linear import LINEAR
 from vllm_gems.tuning.models import PRESETS, Linear, linears
-from vllm_gems.tuning.search import Job, Tunable, best_of_all, generalise, keep, pending, search
+from vllm_gems.tuning.search import Job, Tunable, best_of_all, compiled, generalise, keep, pending, search
 
 QWEN2 = {
     "model_type": "qwen2", "hidden_size": 3584, "intermediate_size": 18944, "num_attention_heads": 28,
@@ -114,6 +114,28 @@ def test_a_wrong_candidate_is_never_chosen_and_one_that_raises_does_not_end_the_
     assert outcome.lost == {Toy(1): "off by 1.0e+00", Toy(2): "MemoryError: too large", Toy(4): "off by nan"}
     with pytest.raises(RuntimeError, match="a: no configuration gives the right result"):
         search(toy(error=lambda candidate: 1.0), Job("a", 0), ALL, 0)
+
+
+def compile_toy(job: Job, candidate: Toy, arch: int) -> None:
+    """Called in processes of their own. One candidate does not compile, one takes its process down."""
+    if candidate.size == 2:
+        raise ValueError(f"not for {arch}")
+    if candidate.size == 3:
+        os._exit(1)
+
+
+def no_jobs(*args: Any) -> list[Job]:
+    return []
+
+
+def test_a_compiler_that_crashes_costs_one_candidate() -> None:
+    plain = dict.fromkeys(("source", "jobs", "candidates", "prepare", "error", "us", "general"), no_jobs)
+    tunable = Tunable(ops=("toy",), kernel="toy", dtype="float32", compile=compile_toy, tolerance=0, **plain)  # type: ignore[arg-type]
+    work = [(Job(key, 0), candidate) for key in ("a", "b") for candidate in ALL]
+    done: list[int] = []
+    found = compiled(tunable, work, 90, lambda: done.append(1))
+    assert found == [(Job(key, 0), Toy(size)) for key in ("a", "b") for size in (1, 4)]
+    assert len(done) == 8
 
 
 @pytest.fixture

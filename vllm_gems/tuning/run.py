@@ -6,7 +6,7 @@ import os
 from typing import Any
 
 from .models import configurations
-from .search import Job, chosen, compiled, generalise, keep, pending, search, tunables
+from .search import Job, Tunable, chosen, compiled, generalise, keep, pending, search
 
 
 def pretune(
@@ -27,16 +27,16 @@ def pretune(
         if value < 1:
             raise ValueError(f"{name} {value}: expected at least 1")
     wanted = chosen(ops)
-    jobs: dict[int, list[Job]] = {}
-    for config in configurations(model):
-        for index in wanted:
-            jobs.setdefault(index, []).extend(tunables()[index].jobs(config, tp, max_tokens, max_reqs))
-    jobs = {index: list(dict.fromkeys(found)) for index, found in jobs.items()}
+    configs = configurations(model)
+    jobs = []
+    for tunable in wanted:
+        every = [job for config in configs for job in tunable.jobs(config, tp, max_tokens, max_reqs)]
+        jobs.append((tunable, list(dict.fromkeys(every))))
     if dry_run:
         return _told([
-            {"kernel": tunables()[index].kernel, "key": job.key, "candidates": len(tunables()[index].candidates(job))}
-            for index, found in jobs.items()
-            for job in found
+            {"kernel": tunable.kernel, "key": job.key, "candidates": len(tunable.candidates(job))}
+            for tunable, every in jobs
+            for job in every
         ])  # fmt: skip
     import torch
 
@@ -44,21 +44,20 @@ def pretune(
         raise ValueError("there is no NVIDIA GPU here to measure on; --dry-run says what would be measured")
     gpu = torch.cuda.get_device_name()
     rows = []
-    for index, every in jobs.items():
-        rows += _measured(index, every, gpu)
+    for tunable, every in jobs:
+        rows += _measured(tunable, every, gpu)
     return _told(rows)
 
 
-def _measured(index: int, every: list[Job], gpu: str) -> list[dict[str, Any]]:
+def _measured(tunable: Tunable, every: list[Job], gpu: str) -> list[dict[str, Any]]:
     from tqdm import tqdm  # type: ignore[import-untyped]
 
-    tunable = tunables()[index]
     todo = pending(tunable, gpu, every)
     work = [(job, candidate) for job in todo for candidate in tunable.candidates(job)]
     rows = [{"kernel": tunable.kernel, "key": job.key, "candidates": 0} for job in every if job not in todo]
     # Compiling and timing take about the same: each candidate counts twice.
     with tqdm(total=2 * len(work), desc=tunable.kernel, unit="trial") as bar:
-        right = compiled(index, work, _arch(), bar.update) if work else set()
+        right = set(compiled(tunable, work, _arch(), bar.update))
         for job in todo:
             candidates = [candidate for each, candidate in work if each == job and (job, candidate) in right]
             outcome = search(tunable, job, candidates, tunable.prepare(job, "cuda"))

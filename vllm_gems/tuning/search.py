@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import queue
 import statistics
+import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -21,7 +25,10 @@ class Job(NamedTuple):
 
 @dataclass(frozen=True)
 class Tunable:
-    """How the configurations of one kernel are found. A candidate is a NamedTuple, whose fields are kept."""
+    """How the configurations of one kernel are found. A candidate is a NamedTuple, whose fields are kept.
+
+    It goes to the processes that compile, with jobs and candidates: functions of a module, data that pickle.
+    """
 
     ops: tuple[str, ...]  # as --ops names them
     kernel: str  # under which the store keeps them
@@ -124,26 +131,62 @@ def best_of_all(times: Iterable[Mapping[Any, float]]) -> Any:
     return min(means, key=lambda candidate: means[candidate])
 
 
-def _compile(work: tuple[int, Job, Any, int]) -> str:
-    index, job, candidate, arch = work
+def _compile(tunable: Tunable, job: Job, candidate: Any, arch: int) -> bool:
     try:
-        tunables()[index].compile(job, candidate, arch)
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"
-    return ""
+        tunable.compile(job, candidate, arch)
+    except Exception:
+        return False
+    return True
+
+
+def _end_with_parent() -> None:
+    """A run that is killed outright leaves no processes behind that wait for it."""
+
+    def watch() -> None:
+        parent = multiprocessing.parent_process()
+        if parent is not None:
+            parent.join()
+            os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _process() -> ProcessPoolExecutor:
+    spawn = multiprocessing.get_context("spawn")
+    return ProcessPoolExecutor(1, mp_context=spawn, initializer=_end_with_parent)
 
 
 def compiled(
-    index: int, work: Sequence[tuple[Job, Any]], arch: int, tick: Callable[[], Any]
-) -> set[tuple[Job, Any]]:
-    """Those of `work`, of the tunable of this number, that compile. `tick` is called for each that is done."""
-    found = set()
-    with multiprocessing.get_context("spawn").Pool(len(os.sched_getaffinity(0))) as pool:
-        tasks = [(index, job, candidate, arch) for job, candidate in work]
-        for (_, job, candidate, _), failure in zip(tasks, pool.imap(_compile, tasks, chunksize=4), strict=True):
+    tunable: Tunable, work: Sequence[tuple[Job, Any]], arch: int, tick: Callable[[], Any]
+) -> list[tuple[Job, Any]]:
+    """Those of `work` that compile, in as many processes as there are cores. `tick` is called for each that is done.
+
+    A compiler may take its process down. Each process is its own pool, so that this costs one candidate.
+    """
+    cores = len(os.sched_getaffinity(0))
+    idle: queue.SimpleQueue[ProcessPoolExecutor] = queue.SimpleQueue()
+    for _ in range(cores):
+        idle.put(_process())
+
+    def attempt(each: tuple[Job, Any]) -> bool:
+        process = idle.get()
+        try:
+            return process.submit(_compile, tunable, *each, arch).result()
+        except BrokenProcessPool:
+            process.shutdown()
+            process = _process()
+            return False
+        finally:
+            idle.put(process)
+
+    found = []
+    with ThreadPoolExecutor(cores) as threads:
+        for each, right in zip(work, threads.map(attempt, work), strict=True):
             tick()
-            if not failure:
-                found.add((job, candidate))
+            if right:
+                found.append(each)
+    for _ in range(cores):
+        idle.get().shutdown()
     return found
 
 
@@ -154,12 +197,12 @@ def tunables() -> list[Tunable]:
     return [LINEAR]
 
 
-def chosen(ops: str | None) -> list[int]:
-    """Numbers of the tunables that `--ops` names, all if it is None. Raises ValueError for an op that none has."""
+def chosen(ops: str | None) -> list[Tunable]:
+    """Those that `--ops` names, all if it is None. Raises ValueError for an op that none has."""
     every = tunables()
-    known = {op: index for index, tunable in enumerate(every) for op in tunable.ops}
+    known = [op for tunable in every for op in tunable.ops]
     wanted = known if ops is None else [op.strip() for op in ops.split(",")]
     for op in wanted:
         if op not in known:
             raise ValueError(f"--ops {op}: nothing to tune there; kernels with configurations are {', '.join(known)}")
-    return sorted({known[op] for op in wanted})
+    return [tunable for tunable in every if not set(wanted).isdisjoint(tunable.ops)]
