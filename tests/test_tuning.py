@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,10 +16,11 @@ from test_rules import ROOT, loaded_by
 
 from vllm_gems import cli, tuned
 from vllm_gems.kernels.linear import Shape, default_tiling, key_of
+from vllm_gems.tuning import run
 from vllm_gems.tuning import search as searching
 from vllm_gems.tuning.linear import LINEAR
 from vllm_gems.tuning.models import PRESETS, Linear, linears
-from vllm_gems.tuning.search import Job, Tunable, best_of_all, compiled, generalise, keep, pending, search
+from vllm_gems.tuning.search import Job, Tunable, best_of_all, compiled, generalise, keep, pending, search, trial
 
 QWEN2 = {
     "model_type": "qwen2", "hidden_size": 3584, "intermediate_size": 18944, "num_attention_heads": 28,
@@ -103,39 +105,93 @@ def toy(
 ALL = [Toy(size) for size in (1, 2, 3, 4)]
 
 
-def test_a_wrong_candidate_is_never_chosen_and_one_that_raises_does_not_end_the_run() -> None:
+def searched(tunable: Tunable, job: Job, candidates: list[Toy] = ALL) -> searching.Outcome:
+    return search(job, candidates, lambda candidate: trial(tunable, job, candidate, "cpu"))
+
+
+def test_a_wrong_candidate_is_never_chosen_and_one_that_raises_does_not_end_the_search() -> None:
     def us(candidate: Toy) -> float:
         if candidate.size == 2:
             raise MemoryError("too large")
         return float(candidate.size)
 
-    outcome = search(toy(us, lambda candidate: {1: 1.0, 4: float("nan")}.get(candidate.size, 0.0)), Job("a", 0), ALL, 0)
+    outcome = searched(toy(us, lambda candidate: {1: 1.0, 4: float("nan")}.get(candidate.size, 0.0)), Job("a", 0))
     assert (outcome.best, outcome.us, outcome.times) == (Toy(3), 3.0, {Toy(3): 3.0})
     assert outcome.lost == {Toy(1): "off by 1.0e+00", Toy(2): "MemoryError: too large", Toy(4): "off by nan"}
-    with pytest.raises(RuntimeError, match="a: no configuration gives the right result"):
-        search(toy(error=lambda candidate: 1.0), Job("a", 0), ALL, 0)
+    with pytest.raises(searching.NothingFoundError, match="no configuration gives the right result: off by 1"):
+        searched(toy(error=lambda candidate: 1.0), Job("a", 0))
+    with pytest.raises(searching.NothingFoundError, match="none compiles"):
+        searched(toy(), Job("a", 0), [])
 
 
-def compile_toy(job: Job, candidate: Toy, arch: int) -> None:
-    """Called in processes of their own. One candidate does not compile, one takes its process down."""
+# A kernel that is made up, whose functions go to other processes.
+MADE_UP = [Toy(size) for size in (1, 2, 3, 4, 5, 6, 7)]
+
+
+def made_up_jobs(config: Any, tp: int, max_tokens: int, max_reqs: int) -> list[Job]:
+    return [Job(f"job {number}", number) for number in range(config["jobs"])] + [Job("none right", -1)]
+
+
+def made_up_candidates(job: Job) -> list[Toy]:
+    return MADE_UP
+
+
+def made_up_compile(job: Job, candidate: Toy, arch: int) -> None:
     if candidate.size == 2:
         raise ValueError(f"not for {arch}")
-    if candidate.size == 3:
+    if candidate.size == 3 and job.about == 0:
         os._exit(1)
 
 
-def no_jobs(*args: Any) -> list[Job]:
-    return []
+def made_up_prepare(job: Job, device: str) -> str:
+    return f"context of {job.key}"
+
+
+def made_up_error(job: Job, candidate: Toy, context: str) -> float:
+    assert context == f"context of {job.key}"
+    if candidate.size == 5 and job.about == 0:
+        os._exit(1)
+    return 1.0 if candidate.size in (4, 7) or job.about < 0 else 0.0
+
+
+def made_up_us(job: Job, candidate: Toy, context: str) -> float:
+    time.sleep(float(os.environ.get("SECONDS_OF_A_TRIAL", "0")))
+    if candidate.size == 6:
+        raise MemoryError("too large")
+    return 10.0 - candidate.size
+
+
+def made_up_general(times: Any) -> dict[str, Any]:
+    return {"any": best_of_all(times.values())} if times else {}
+
+
+def made_up_source() -> str:
+    return "the source"
+
+
+MADE_UP_KERNEL = Tunable(
+    ops=("made_up",),
+    kernel="made_up",
+    dtype="float32",
+    source=made_up_source,
+    jobs=made_up_jobs,
+    candidates=made_up_candidates,
+    compile=made_up_compile,
+    prepare=made_up_prepare,
+    error=made_up_error,
+    tolerance=1e-3,
+    us=made_up_us,
+    general=made_up_general,
+)
 
 
 def test_a_compiler_that_crashes_costs_one_candidate() -> None:
-    plain = dict.fromkeys(("source", "jobs", "candidates", "prepare", "error", "us", "general"), no_jobs)
-    tunable = Tunable(ops=("toy",), kernel="toy", dtype="float32", compile=compile_toy, tolerance=0, **plain)  # type: ignore[arg-type]
-    work = [(Job(key, 0), candidate) for key in ("a", "b") for candidate in ALL]
+    work = [(Job("a", number), candidate) for number in (0, 1) for candidate in MADE_UP]
     done: list[int] = []
-    found = compiled(tunable, work, 90, lambda: done.append(1))
-    assert found == [(Job(key, 0), Toy(size)) for key in ("a", "b") for size in (1, 4)]
-    assert len(done) == 8
+    found = compiled(MADE_UP_KERNEL, work, 90, lambda: done.append(1))
+    right = {0: (1, 4, 5, 6, 7), 1: (1, 3, 4, 5, 6, 7)}
+    assert found == [(Job("a", number), Toy(size)) for number, sizes in right.items() for size in sizes]
+    assert len(done) == 14
 
 
 @pytest.fixture
@@ -150,7 +206,7 @@ def test_what_is_done_is_not_done_again_unless_the_source_or_a_version_changed(
 ) -> None:
     jobs = [Job("a 16", 0), Job("b 16", 0)]
     assert pending(toy(), "gpu", jobs) == jobs
-    keep(toy(), "gpu", jobs[0], search(toy(), jobs[0], ALL, 0))
+    keep(toy(), "gpu", jobs[0], searched(toy(), jobs[0]))
     assert pending(toy(), "gpu", jobs) == jobs[1:]
     with monkeypatch.context() as patched:
         patched.setattr(tuned, "versions", lambda: {"torch": "2.11.0", "triton": "99"})
@@ -165,7 +221,7 @@ def test_what_is_done_is_not_done_again_unless_the_source_or_a_version_changed(
 def test_what_was_not_measured_takes_what_is_best_for_all(store: Path) -> None:
     for key, times in (("a", {1: 1.0, 2: 2.0, 3: 1.5}), ("b", {1: 9.0, 2: 1.0, 3: 1.2})):
         job = Job(key, 0)
-        keep(toy(), "gpu", job, search(toy(lambda each, t=times: t[each.size]), job, ALL[:3], 0))  # type: ignore[misc]
+        keep(toy(), "gpu", job, searched(toy(lambda each, t=times: t[each.size]), job, ALL[:3]))  # type: ignore[misc]
     generalise(toy(), "gpu")
     found = tuned.Table("toy", "gpu", "the source").configurations
     assert found == {"a": {"size": 1}, "b": {"size": 2}, "any": {"size": 3}}
@@ -216,7 +272,7 @@ def test_what_is_shipped_is_used_elsewhere_and_that_is_told(
 
 def test_what_is_no_configuration_is_counted_and_breaks_nothing(store: Path) -> None:
     job = Job("a 16", 0)
-    keep(toy(), "gpu", job, search(toy(), job, ALL, 0))
+    keep(toy(), "gpu", job, searched(toy(), job))
     folder = tuned.folder_of("toy", "gpu")
     (folder / "empty.json").write_text("")
     (folder / "list.json").write_text("[1]")
@@ -232,9 +288,9 @@ def test_a_configuration_is_for_the_gpu_it_was_measured_on(store: Path) -> None:
     """Where a home folder is shared by machines, cards of one make have configurations of their own."""
     small, large = "NVIDIA GeForce RTX 3060", "NVIDIA GeForce RTX 4090"
     job = Job("a 16", 0)
-    keep(toy(), small, job, search(toy(), job, ALL, 0))
+    keep(toy(), small, job, searched(toy(), job))
     assert pending(toy(), large, [job]) == [job]
-    keep(toy(), large, job, search(toy(), job, ALL[1:], 0))
+    keep(toy(), large, job, searched(toy(), job, ALL[1:]))
     for gpu, size in ((small, 1), (large, 2)):
         assert tuned.Table("toy", gpu, "the source").configurations == {"a 16": {"size": size}}
 
@@ -282,36 +338,106 @@ def test_64_writers_at_once_lose_and_break_nothing(store: Path) -> None:
     assert not list(tuned.folder_of("toy", "gpu").glob("*.part"))
 
 
+def made_up_gpu() -> tuple[str, int]:
+    return "NVIDIA Made-up 1", 90
+
+
+def patched(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU and a kernel that are made up; compilation, trials and the store are as on a real one."""
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(searching, "tunables", lambda: [MADE_UP_KERNEL])
+    monkeypatch.setattr(run, "_gpu", made_up_gpu)
+
+
+def a_model(folder: Path, jobs: int) -> str:
+    (folder / "model").mkdir()
+    (folder / "model" / "config.json").write_text(json.dumps({"jobs": jobs}))
+    return str(folder / "model")
+
+
+def test_a_run_ends_with_the_best_of_what_is_right(
+    store: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of the first job's candidates one does not compile, one takes the compiler down, two are wrong, the faster one
+    among all, one takes the process on the GPU down, and one raises; another job has none that is right."""
+    patched(monkeypatch)
+    command = ["pretune", "--model", a_model(store, 2)]
+    assert cli.main(command) == cli.PROBLEM
+    printed = capsys.readouterr()
+    lines = printed.out.splitlines()
+    assert [" ".join(line.split()) for line in lines] == [
+        "made_up job 0 9.0 us, the best of 1",
+        "made_up job 1 5.0 us, the best of 3",
+        "made_up none right failed: no configuration gives the right result: off by 1.0e+00",
+        "3 jobs, 1 without a result",
+    ]
+    assert "made_up: 100%" in printed.err
+    table = tuned.Table("made_up", "NVIDIA Made-up 1", "the source")
+    assert table.configurations == {"job 0": {"size": 1}, "job 1": {"size": 5}, "any": {"size": 1}}
+    # What was found is not looked for again. A run that was stopped before the general one was written writes it.
+    for entry in tuned.folder_of("made_up", "NVIDIA Made-up 1").glob("*.json"):
+        if json.loads(entry.read_text())["key"] == "any":
+            entry.unlink()
+    assert cli.main([*command, "--json"]) == cli.PROBLEM
+    jobs = json.loads(capsys.readouterr().out)["jobs"]
+    assert [job for job in jobs if "known" in job] == [
+        {"kernel": "made_up", "key": f"job {number}", "known": True} for number in range(2)
+    ]
+    assert tuned.Table("made_up", "NVIDIA Made-up 1", "the source").configurations == table.configurations
+
+
 KILLED = """
-import sys, time
+import pathlib, sys
 sys.path.insert(0, "tests")
-from test_tuning import ALL, toy
-from vllm_gems.tuning.search import Job, keep, pending, search
+import pytest
+from test_tuning import patched
+from vllm_gems import cli
 
-def slow(candidate):
-    time.sleep(0.05)
-    return float(candidate.size)
-
-for job in pending(toy(), "gpu", [Job(f"job {number}", 0) for number in range(12)]):
-    print(job.key, flush=True)
-    keep(toy(), "gpu", job, search(toy(slow), job, ALL, 0))
+if __name__ == "__main__":
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        patched(monkeypatch)
+        sys.exit(cli.main(["pretune", "--json", "--model", sys.argv[1]]))
 """
 
 
 def test_a_run_that_was_killed_goes_on_where_it_was(store: Path) -> None:
-    command = [sys.executable, "-c", KILLED]
-    first = subprocess.Popen(command, cwd=ROOT, env=_environ(store), stdout=subprocess.PIPE, text=True)
-    assert first.stdout is not None
-    began = [first.stdout.readline().strip() for _ in range(5)]
+    """`vllm-gems pretune`, killed outright as soon as there are results."""
+    script = store / "killed.py"  # a file, because processes that are spawned look at it
+    script.write_text(KILLED)
+    command = [sys.executable, str(script), a_model(store, 8)]
+    environ = {**_environ(store), "SECONDS_OF_A_TRIAL": "0.2"}
+
+    def done() -> set[str]:
+        return {entry["key"] for entry in tuned.entries("made_up", "NVIDIA Made-up 1")}
+
+    first = subprocess.Popen(command, cwd=ROOT, env=environ, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while len(done()) < 3:
+        assert first.poll() is None, "it ended before it could be killed"
+        time.sleep(0.05)
     first.kill()
     first.wait()
-    done = {entry["key"] for entry in tuned.entries("toy", "gpu")}
-    assert set(began[:4]) <= done
-    assert len(done) < 12
-    second = subprocess.run(command, cwd=ROOT, env=_environ(store), capture_output=True, text=True, check=True)
-    again = set(second.stdout.split("\n")) - {""}
-    assert again.isdisjoint(done)
-    assert again | done == {f"job {number}" for number in range(12)}
+    before = done()
+    assert 3 <= len(before) < 8
+    second = subprocess.run(command, cwd=ROOT, env=_environ(store), capture_output=True, text=True)
+    assert second.returncode == cli.PROBLEM, second.stderr
+    jobs = json.loads(second.stdout)["jobs"]
+    assert {job["key"] for job in jobs if "known" in job} == before
+    assert {job["key"] for job in jobs if "us" in job} == {f"job {number}" for number in range(8)} - before
+    assert done() == {"any", *(f"job {number}" for number in range(8))}
+
+
+def test_a_store_that_cannot_be_written_is_told_before_anything_is_measured(
+    store: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    patched(monkeypatch)
+    (store / "file").write_text("")
+    monkeypatch.setenv("VLLM_GEMS_TUNED", str(store / "file"))
+    monkeypatch.setattr(run, "compiled", lambda *args: pytest.fail("it began"))
+    assert cli.main(["pretune", "--model", a_model(store, 1)]) == cli.USAGE
+    assert "VLLM_GEMS_TUNED names another folder" in capsys.readouterr().err
 
 
 def _environ(store: Path) -> dict[str, str]:

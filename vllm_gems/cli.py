@@ -1,6 +1,6 @@
 """`vllm-gems`: what is patched, why not, and what this machine is.
 
-Exit codes: 0 all is well; 1 `check` found a problem; 2 wrong usage or an unknown name; 3 vLLM cannot be imported.
+Exit codes: 0 all is well; 1 `check` or `pretune` found a problem; 2 wrong usage, an unknown name; 3 no vLLM.
 """
 
 from __future__ import annotations
@@ -202,7 +202,7 @@ def _pretune(args: argparse.Namespace) -> int:
         print(error, file=sys.stderr)
         return USAGE
     print(json.dumps(told, indent=1) if args.json else "\n".join(told["lines"]))
-    return OK
+    return PROBLEM if any("failed" in job for job in told["jobs"]) else OK
 
 
 def _launch() -> str:

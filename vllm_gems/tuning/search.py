@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import multiprocessing
+import functools
 import os
 import queue
 import statistics
-import threading
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from .. import tuned
+from .workers import Crashed, Worker
 
 
 class Job(NamedTuple):
@@ -27,7 +27,7 @@ class Job(NamedTuple):
 class Tunable:
     """How the configurations of one kernel are found. A candidate is a NamedTuple, whose fields are kept.
 
-    It goes to the processes that compile, with jobs and candidates: functions of a module, data that pickle.
+    It goes to the processes that compile and try, with jobs and candidates: functions of a module, data that pickle.
     """
 
     ops: tuple[str, ...]  # as --ops names them
@@ -58,23 +58,62 @@ class Outcome(NamedTuple):
     lost: dict[Any, str]  # candidate -> why it is out of the question
 
 
-def search(tunable: Tunable, job: Job, candidates: Iterable[Any], context: Any) -> Outcome:
-    """The fastest of the right ones. One that raises is lost, and not the run. Raises RuntimeError if all are lost."""
+def search(job: Job, candidates: Iterable[Any], attempt: Callable[[Any], float | str]) -> Outcome:
+    """The fastest of the right ones. `attempt` answers microseconds, or why a candidate is out of the question.
+
+    Raises NothingFoundError if all are.
+    """
     times: dict[Any, float] = {}
     lost: dict[Any, str] = {}
     for candidate in candidates:
-        try:
-            error = tunable.error(job, candidate, context)
-            if not error <= tunable.tolerance:
-                lost[candidate] = f"off by {error:.1e}"
-                continue
-            times[candidate] = tunable.us(job, candidate, context)
-        except Exception as failure:
-            lost[candidate] = f"{type(failure).__name__}: {failure}"
+        found = attempt(candidate)
+        if isinstance(found, str):
+            lost[candidate] = found
+        else:
+            times[candidate] = found
     if not times:
-        raise RuntimeError(f"{job.key}: no configuration gives the right result: {lost}")
+        reasons = ", ".join(dict.fromkeys(lost.values())) or "none compiles"
+        raise NothingFoundError(f"no configuration gives the right result: {reasons}")
     best = min(times, key=lambda candidate: times[candidate])
     return Outcome(best, times[best], times, lost)
+
+
+class NothingFoundError(Exception):
+    """A job has no configuration that works."""
+
+
+@functools.lru_cache(maxsize=1)
+def _prepared(tunable: Tunable, job: Job, device: str) -> Any:
+    return tunable.prepare(job, device)
+
+
+def trial(tunable: Tunable, job: Job, candidate: Any, device: str) -> float | str:
+    """Microseconds of a candidate that is right, else why it is out of the question."""
+    try:
+        context = _prepared(tunable, job, device)
+        error = tunable.error(job, candidate, context)
+        return tunable.us(job, candidate, context) if error <= tunable.tolerance else f"off by {error:.1e}"
+    except Exception as failure:
+        return f"{type(failure).__name__}: {failure}"
+
+
+def _trial_and_check(tunable: Tunable, job: Job, candidate: Any, device: str) -> float | str:
+    """`trial` in a process of its own, which ends itself where its GPU answers nothing but errors any more."""
+    found = trial(tunable, job, candidate, device)
+    if isinstance(found, str) and sys.modules["torch"].cuda.is_initialized():
+        try:
+            sys.modules["torch"].cuda.synchronize()
+        except Exception:
+            os._exit(1)
+    return found
+
+
+def tried(worker: Worker, tunable: Tunable, job: Job, candidate: Any, device: str = "cuda") -> float | str:
+    """`trial` by a worker, whose process may be lost with the candidate."""
+    try:
+        return worker.run(_trial_and_check, tunable, job, candidate, device)
+    except Crashed as crash:
+        return str(crash)
 
 
 def pending(tunable: Tunable, gpu: str, jobs: Iterable[Job]) -> list[Job]:
@@ -139,45 +178,26 @@ def _compile(tunable: Tunable, job: Job, candidate: Any, arch: int) -> bool:
     return True
 
 
-def _end_with_parent() -> None:
-    """A run that is killed outright leaves no processes behind that wait for it."""
-
-    def watch() -> None:
-        parent = multiprocessing.parent_process()
-        if parent is not None:
-            parent.join()
-            os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
-def _process() -> ProcessPoolExecutor:
-    spawn = multiprocessing.get_context("spawn")
-    return ProcessPoolExecutor(1, mp_context=spawn, initializer=_end_with_parent)
-
-
 def compiled(
     tunable: Tunable, work: Sequence[tuple[Job, Any]], arch: int, tick: Callable[[], Any]
 ) -> list[tuple[Job, Any]]:
     """Those of `work` that compile, in as many processes as there are cores. `tick` is called for each that is done.
 
-    A compiler may take its process down. Each process is its own pool, so that this costs one candidate.
     """
     cores = len(os.sched_getaffinity(0))
-    idle: queue.SimpleQueue[ProcessPoolExecutor] = queue.SimpleQueue()
-    for _ in range(cores):
-        idle.put(_process())
+    workers = [Worker() for _ in range(cores)]
+    idle: queue.SimpleQueue[Worker] = queue.SimpleQueue()
+    for worker in workers:
+        idle.put(worker)
 
     def attempt(each: tuple[Job, Any]) -> bool:
-        process = idle.get()
+        worker = idle.get()
         try:
-            return process.submit(_compile, tunable, *each, arch).result()
-        except BrokenProcessPool:
-            process.shutdown()
-            process = _process()
+            return worker.run(_compile, tunable, *each, arch)
+        except Crashed:  # a compiler may
             return False
         finally:
-            idle.put(process)
+            idle.put(worker)
 
     found = []
     with ThreadPoolExecutor(cores) as threads:
@@ -185,8 +205,8 @@ def compiled(
             tick()
             if right:
                 found.append(each)
-    for _ in range(cores):
-        idle.get().shutdown()
+    for worker in workers:
+        worker.close()
     return found
 
 
