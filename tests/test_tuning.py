@@ -26,6 +26,10 @@ QWEN2 = {
     "model_type": "qwen2", "hidden_size": 3584, "intermediate_size": 18944, "num_attention_heads": 28,
     "num_key_value_heads": 4, "vocab_size": 152064,
 }  # fmt: skip
+LLAMA = {
+    "model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32,
+    "num_key_value_heads": 8, "attention_bias": False, "mlp_bias": False, "vocab_size": 128256,
+}  # fmt: skip
 QWEN3 = {
     "model_type": "qwen3", "hidden_size": 4096, "intermediate_size": 12288, "num_attention_heads": 32,
     "num_key_value_heads": 8, "head_dim": 128, "attention_bias": False,
@@ -44,6 +48,17 @@ DEEPSEEK = {
                     (18944, 3584, False, False)}),
         (QWEN2, 2, {(3584, 2304, True, False), (1792, 3584, False, False), (3584, 9472, False, True),
                     (9472, 3584, False, False)}),
+        (LLAMA, 1, {(4096, 6144, False, False), (4096, 4096, False, False), (4096, 14336, False, True),
+                    (14336, 4096, False, False)}),
+        (LLAMA, 2, {(4096, 3072, False, False), (2048, 4096, False, False), (4096, 7168, False, True),
+                    (7168, 4096, False, False)}),
+        # Keys and values of eight heads are on two ranks each.
+        (LLAMA, 16, {(4096, 512, False, False), (256, 4096, False, False), (4096, 896, False, True),
+                     (896, 4096, False, False)}),
+        (QWEN3, 2, {(4096, 3072, False, False), (2048, 4096, False, False), (4096, 6144, False, True),
+                    (6144, 4096, False, False)}),
+        ({**LLAMA, "num_key_value_heads": None}, 1, {(4096, 12288, False, False), (4096, 4096, False, False),
+                                                     (4096, 14336, False, True), (14336, 4096, False, False)}),
         (QWEN3, 1, {(4096, 6144, False, False), (4096, 4096, False, False), (4096, 12288, False, True),
                     (12288, 4096, False, False)}),
         ({"text_config": QWEN3}, 1, {(4096, 6144, False, False), (4096, 4096, False, False),
@@ -51,6 +66,10 @@ DEEPSEEK = {
         (DEEPSEEK, 1, {(2048, 3072, False, False), (2048, 576, False, False), (2048, 2048, False, False),
                        (2048, 10944, False, True), (10944, 2048, False, False), (2048, 2816, False, True),
                        (2816, 2048, False, False)}),
+        # What leads to the latent is on every rank.
+        (DEEPSEEK, 2, {(2048, 1536, False, False), (2048, 576, False, False), (1024, 2048, False, False),
+                       (2048, 5472, False, True), (5472, 2048, False, False), (2048, 1408, False, True),
+                       (1408, 2048, False, False)}),
         (PRESETS["deepseek"][1], 8, {(7168, 2112, False, False), (1536, 3072, False, False),
                                      (2048, 7168, False, False), (7168, 2304, False, True),
                                      (2304, 7168, False, False), (7168, 256, False, True), (256, 7168, False, False)}),
@@ -63,8 +82,12 @@ def test_layers_are_those_that_vllm_makes_of_a_configuration(config: Any, tp: in
 def test_what_is_no_decoder_or_does_not_divide_is_refused() -> None:
     with pytest.raises(ValueError, match="has no 'intermediate_size'"):
         linears({"hidden_size": 64, "num_attention_heads": 4})
+    with pytest.raises(ValueError, match="has no 'qk_nope_head_dim'"):
+        linears({key: value for key, value in DEEPSEEK.items() if key != "qk_nope_head_dim"})
     with pytest.raises(ValueError, match="--tp 3 does not divide num_attention_heads = 28"):
         linears(QWEN2, 3)
+    with pytest.raises(ValueError, match="--tp 14 does not divide num_key_value_heads = 4"):
+        linears(QWEN2, 14)
 
 
 def test_jobs_of_few_requests_are_fewer() -> None:
@@ -452,6 +475,10 @@ def test_dry_run_says_what_would_be_measured(tmp_path: Path, capsys: pytest.Capt
         "4096x3072 16", "2048x4096 16", "4096x6144 gated 16", "6144x4096 16",
     ]  # fmt: skip
     assert all(job["candidates"] > 10 for job in jobs)
+    for text in ("{", "[1]"):
+        (tmp_path / "config.json").write_text(text)
+        assert cli.main(["pretune", "--model", str(tmp_path), "--dry-run"]) == cli.USAGE
+        assert "config.json is no configuration" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
