@@ -467,7 +467,13 @@ def _environ(store: Path) -> dict[str, str]:
     return {**os.environ, "VLLM_GEMS_TUNED": str(store), "PYTHONPATH": f"{ROOT}"}
 
 
-def test_dry_run_says_what_would_be_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_dry_run_says_what_would_be_measured(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    for name in ("is_available", "_lazy_init"):  # what every use of a GPU begins with
+        monkeypatch.setattr(torch.cuda, name, lambda: pytest.fail("it asks for a GPU"))
     (tmp_path / "config.json").write_text(json.dumps(QWEN3))
     assert cli.main(["pretune", "--model", str(tmp_path), "--dry-run", "--json", "--tp", "2"]) == cli.OK
     jobs = json.loads(capsys.readouterr().out)["jobs"]
@@ -479,6 +485,22 @@ def test_dry_run_says_what_would_be_measured(tmp_path: Path, capsys: pytest.Capt
         (tmp_path / "config.json").write_text(text)
         assert cli.main(["pretune", "--model", str(tmp_path), "--dry-run"]) == cli.USAGE
         assert "config.json is no configuration" in capsys.readouterr().err
+
+
+def test_a_models_name_is_looked_up_by_transformers(tmp_path: Path) -> None:
+    """Here among the models that its cache has, without the network and without weights."""
+    pytest.importorskip("transformers")
+    repository = tmp_path / "models--some--llama"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("0" * 40)
+    (repository / "snapshots" / ("0" * 40)).mkdir(parents=True)
+    (repository / "snapshots" / ("0" * 40) / "config.json").write_text(json.dumps(LLAMA))
+    command = [sys.executable, "-m", "vllm_gems", "pretune", "--model", "some/llama", "--dry-run", "--json"]
+    environ = {**_environ(tmp_path), "HF_HUB_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True)
+    assert done.returncode == cli.OK, done.stderr
+    keys = {job["key"] for job in json.loads(done.stdout)["jobs"]}
+    assert {"4096x6144 16", "4096x4096 16", "4096x14336 gated 16", "14336x4096 16"} <= keys
 
 
 @pytest.mark.parametrize(

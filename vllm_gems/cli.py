@@ -62,7 +62,7 @@ def _parser() -> argparse.ArgumentParser:
     pretune = verb("pretune", _pretune, "measure kernels' configurations for a model's shapes here, and keep the best")
     models = "llama, qwen, deepseek, a folder with config.json, or a model's name"
     pretune.add_argument("--model", required=True, help=models)
-    pretune.add_argument("--dtype", choices=("bfloat16",), default="bfloat16")
+    pretune.add_argument("--dtype", choices=("bfloat16",), default="bfloat16", help="float16 takes the same")
     pretune.add_argument("--max-tokens", type=int, default=16384, help="of one step")
     pretune.add_argument("--max-reqs", type=int, default=1024, help="of one step")
     pretune.add_argument("--tp", type=int, default=1, help="ranks of tensor parallelism")
