@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import pytest
 from test_rules import ROOT, loaded_by
 
+from tools import ship_tuned
 from vllm_gems import cli, tuned
 from vllm_gems.kernels.linear import Shape, default_tiling, key_of
 from vllm_gems.tuning import run
@@ -291,6 +292,31 @@ def test_what_is_shipped_is_used_elsewhere_and_that_is_told(
     key = next(iter(table.configurations))
     keep(LINEAR, gpu, Job(key, 0), searching.Outcome(Shape(1, 2, False, False), 1.0, {}, {}))
     assert tuned.Table("linear", gpu, LINEAR.source()).borrowed == ({told: count - 1} if told else {})
+
+
+def test_what_was_measured_can_be_shipped(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = "NVIDIA Made-up 1"
+    with pytest.raises(ValueError, match="has no results for this kernel's source"):
+        ship_tuned.shipped(toy(), gpu, {})
+    keep(toy(), gpu, Job("a 16", 0), searched(toy(), Job("a 16", 0)))
+    first = ship_tuned.shipped(toy(), gpu, {})
+    assert first == {
+        "gpu": gpu,
+        "versions": tuned.versions(),
+        "source": "the source",
+        "dtype": "float32",
+        "configurations": {"a 16": {"size": 1}},
+    }
+    # Beside what was shipped, unless that is of another kernel or compiler.
+    for before, others in (({}, {"b 16"}), ({"source": "another"}, set()), ({"versions": {"triton": "0"}}, set())):
+        present = {**first, "configurations": {"a 16": {"size": 9}, "b 16": {"size": 2}}, **before}
+        found = ship_tuned.shipped(toy(), gpu, present)["configurations"]
+        assert found.keys() == {"a 16", *others}
+        assert found["a 16"] == {"size": 1}
+    monkeypatch.setattr(tuned, "versions", lambda: {"torch": "2.11.0", "triton": "99"})
+    keep(toy(), gpu, Job("b 16", 0), searched(toy(), Job("b 16", 0)))
+    with pytest.raises(ValueError, match="results of several versions"):
+        ship_tuned.shipped(toy(), gpu, {})
 
 
 def test_what_is_no_configuration_is_counted_and_breaks_nothing(store: Path) -> None:
