@@ -181,9 +181,7 @@ def _compile(tunable: Tunable, job: Job, candidate: Any, arch: int) -> bool:
 def compiled(
     tunable: Tunable, work: Sequence[tuple[Job, Any]], arch: int, tick: Callable[[], Any]
 ) -> list[tuple[Job, Any]]:
-    """Those of `work` that compile, in as many processes as there are cores. `tick` is called for each that is done.
-
-    """
+    """Those of `work` that compile, in as many processes as there are cores. `tick` is called for each that is done."""
     cores = len(os.sched_getaffinity(0))
     workers = [Worker() for _ in range(cores)]
     idle: queue.SimpleQueue[Worker] = queue.SimpleQueue()
