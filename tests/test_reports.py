@@ -82,10 +82,17 @@ def test_problems() -> None:
 
 
 def test_measured_configurations_are_told() -> None:
-    state = {"found": 18, "missing": ["4096x6144 16"], "stale": {"measured with triton 3.5.0": 4}}
+    state = {
+        "found": 18,
+        "borrowed": {"triton 3.6.0": 12},
+        "missing": ["4096x6144 16"],
+        "stale": {"measured with triton 3.5.0": 4},
+    }
     found = dataclasses.replace(report(), tuned={"linear": state})
     assert found.text().splitlines()[-1] == (
-        "linear: 18 measured configurations; none for 4096x6144 16, which take what was best for others, or the "
-        "default; 4 not used: measured with triton 3.5.0"
+        "linear: 18 measured configurations; 12 of them shipped, measured with triton 3.6.0; none for 4096x6144 16, "
+        "which take what was best for others, or the default; 4 not used: measured with triton 3.5.0"
     )
     assert Report.from_json(json.loads(json.dumps(found.to_json()))) == found
+    other = dataclasses.replace(report(pid=2), tuned={"linear": {**state, "missing": ["1x1 16"]}})
+    assert merge([found, other]).tuned == {"linear": {**state, "missing": ["1x1 16", "4096x6144 16"]}}

@@ -1,6 +1,6 @@
 """`vllm-gems`: what is patched, why not, and what this machine is.
 
-Exit codes: 0 all is well; 1 `check` found a problem; 2 wrong usage or an unknown name; 3 vLLM cannot be imported.
+Exit codes: 0 all is well; 1 `check` or `pretune` found a problem; 2 wrong usage, an unknown name; 3 no vLLM.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def _parser() -> argparse.ArgumentParser:
     pretune = verb("pretune", _pretune, "measure kernels' configurations for a model's shapes here, and keep the best")
     models = "llama, qwen, deepseek, a folder with config.json, or a model's name"
     pretune.add_argument("--model", required=True, help=models)
-    pretune.add_argument("--dtype", choices=("bfloat16",), default="bfloat16")
+    pretune.add_argument("--dtype", choices=("bfloat16",), default="bfloat16", help="float16 takes the same")
     pretune.add_argument("--max-tokens", type=int, default=16384, help="of one step")
     pretune.add_argument("--max-reqs", type=int, default=1024, help="of one step")
     pretune.add_argument("--tp", type=int, default=1, help="ranks of tensor parallelism")
@@ -202,7 +202,7 @@ def _pretune(args: argparse.Namespace) -> int:
         print(error, file=sys.stderr)
         return USAGE
     print(json.dumps(told, indent=1) if args.json else "\n".join(told["lines"]))
-    return OK
+    return PROBLEM if any("failed" in job for job in told["jobs"]) else OK
 
 
 def _launch() -> str:

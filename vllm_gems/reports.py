@@ -25,7 +25,8 @@ class Report:
 
     JSON keys are stable: "vllm_gems", "vllm", "torch", "triton", "device", "pid" (a list when merged), "rank", "mode",
     "rows", each row with the fields of `nouns.Row`, and "tuned": by kernel, how many measured configurations were
-    "found", which keys were "missing", and how many were "stale", by reason.
+    "found", how many of these are "borrowed" (shipped, and measured with other versions or on another GPU of the kind),
+    which keys were "missing", and how many were "stale", by reason.
     """
 
     rows: tuple[Row, ...]
@@ -147,8 +148,17 @@ def merge(reports: Sequence[Report]) -> Report:
     busiest = max(reports, key=lambda report: sum(row.hits for row in report.rows))
     ranks = sorted({report.rank for report in reports if any(row.hits for row in report.rows)})
     pids = tuple(pid for report in reports for pid in report.pid)
-    tuned = {kernel: state for report in reports for kernel, state in report.tuned.items()}
-    return dataclasses.replace(busiest, rows=tuple(rows), pid=pids, rank=",".join(ranks) or "-", tuned=tuned)
+    return dataclasses.replace(busiest, rows=tuple(rows), pid=pids, rank=",".join(ranks) or "-", tuned=_tuned(reports))
+
+
+def _tuned(reports: Iterable[Report]) -> dict[str, Mapping[str, Any]]:
+    """All read the same configurations; what each asked for in vain is put together."""
+    merged: dict[str, Mapping[str, Any]] = {}
+    for report in reports:
+        for kernel, state in report.tuned.items():
+            before = merged[kernel]["missing"] if kernel in merged else []
+            merged[kernel] = {**state, "missing": sorted({*before, *state["missing"]})}
+    return merged
 
 
 def speedups(device: str) -> dict[str, float]:
@@ -173,6 +183,7 @@ def _configurations(state: tuple[str, Mapping[str, Any]]) -> str:
     """One line on the measured configurations of a kernel."""
     kernel, known = state
     parts = [f"{kernel}: {known['found']} measured configurations"]
+    parts += [f"{count} of them shipped, measured with {others}" for others, count in known["borrowed"].items()]
     if known["missing"]:
         parts.append(f"none for {', '.join(known['missing'])}, which take what was best for others, or the default")
     parts += [f"{count} not used: {reason}" for reason, count in known["stale"].items()]

@@ -1,22 +1,24 @@
 """Measured configurations of kernels: shipped as `tuned/<gpu>/<kernel>.json`, or a user's own, which come first.
 
 A user's are one file for each, so that any number of processes can write at once: `<folder>/<gpu>/<kernel>/<key>.json`.
-They are for the versions of PyTorch and Triton that they were measured with, and are ignored under others. Those that
-are shipped are used under any: measured on this GPU with another compiler, they are still a better guess than none. No
-configuration outlives a change of its kernel's source. `states` says what was found, and what was not used and why.
+They are for the very GPU and the versions of PyTorch and Triton that they were measured with, and are ignored under
+others. Those that are shipped are used under any: measured with another compiler, or on another model of this GPU, they
+are still a better guess than none. No configuration outlives a change of its kernel's source. `states` says what was
+found, what of it is such a guess, and what was not used and why.
 """
 
 from __future__ import annotations
 
 import functools
 import hashlib
-import importlib.metadata
+import importlib
 import inspect
 import json
-import os
+import re
 import sys
+import uuid
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -25,7 +27,7 @@ from .policy import tuned_folder
 
 
 def gpu_slug(name: str) -> str:
-    """The folder of a GPU's measurements: "NVIDIA H100 80GB HBM3" -> "h100"."""
+    """The folder of what is shipped for a GPU: "NVIDIA H100 80GB HBM3" -> "h100"."""
     words = name.lower().replace("nvidia", "").split()
     return words[0] if words else "cpu"
 
@@ -38,63 +40,95 @@ def source_hash(*functions: Any) -> str:
 
 @functools.cache
 def versions() -> dict[str, str]:
-    """Of what decides machine code."""
-    return {name: importlib.metadata.version(name) for name in ("torch", "triton")}
+    """Of what decides machine code, as the modules say it: a distribution's own name and version may be others."""
+    return {name: str(importlib.import_module(name).__version__) for name in ("torch", "triton")}
 
 
 class Table:
     """The valid configurations of one kernel on one GPU, and what became of the others."""
 
-    def __init__(self, kernel: str, slug: str, source: str) -> None:
+    def __init__(self, kernel: str, gpu: str, source: str) -> None:
         self.configurations: dict[str, dict[str, Any]] = {}
+        self.borrowed: Counter[str] = Counter()  # shipped ones, by what else they were measured with
         self.stale: Counter[str] = Counter()
         self.missing: set[str] = set()
-        shipped = resources.files(__package__).joinpath("tuned", slug, f"{kernel}.json")
-        if shipped.is_file():
-            content = json.loads(shipped.read_text())
-            if content["source"] == source:
-                self.configurations.update(content["configurations"])
-            else:
-                self.stale["shipped, of another source"] += len(content["configurations"])
-        for entry in entries(kernel, slug):
+        shipped, others = _shipped(kernel, gpu, source)
+        own = {}
+        for entry in entries(kernel, gpu):
             if reason := stale(entry, source):
                 self.stale[reason] += 1
             else:
-                self.configurations[entry["key"]] = entry["configuration"]
+                own[entry["key"]] = entry["configuration"]
+        if others == _ANOTHER_SOURCE:
+            self.stale[f"shipped, {others}"] = len(shipped)
+        else:
+            self.configurations.update(shipped)
+            if others and shipped.keys() - own.keys():
+                self.borrowed[others] = len(shipped.keys() - own.keys())
+        self.configurations.update(own)
 
 
-def folder_of(kernel: str, slug: str) -> Path:
-    """Where a user's configurations of a kernel are."""
-    return Path(tuned_folder()) / slug / kernel
+_ANOTHER_SOURCE = "of another source"
 
 
-def entries(kernel: str, slug: str) -> Iterable[dict[str, Any]]:
-    """A user's, valid or not. A file that is being replaced is read before or after, never in between."""
-    for path in sorted(folder_of(kernel, slug).glob("*.json")):
+def _shipped(kernel: str, gpu: str, source: str) -> tuple[dict[str, dict[str, Any]], str]:
+    """(configurations, what they were measured with that is not here: `_ANOTHER_SOURCE`, another GPU or versions)."""
+    file = resources.files(__package__).joinpath("tuned", gpu_slug(gpu), f"{kernel}.json")
+    if not file.is_file():
+        return {}, ""
+    content = json.loads(file.read_text())
+    if content["source"] != source:
+        return content["configurations"], _ANOTHER_SOURCE
+    differs = [] if content["gpu"] == gpu else [content["gpu"]]
+    measured = content["versions"]
+    differs += [f"{name} {measured[name]}" for name, version in versions().items() if measured[name] != version]
+    return content["configurations"], ", ".join(differs)
+
+
+def folder_of(kernel: str, gpu: str) -> Path:
+    """Where a user's configurations of a kernel are, on the GPU of this name."""
+    return Path(tuned_folder()) / re.sub(r"[^a-z0-9]+", "-", gpu.lower()).strip("-") / kernel
+
+
+# What a user's configuration has at least.
+_FIELDS = {"key": str, "configuration": dict, "source": str, "versions": dict}
+
+
+def entries(kernel: str, gpu: str) -> Iterator[dict[str, Any]]:
+    """A user's, valid or not; {} for a file that is none. One that is being replaced is read before or after."""
+    for path in sorted(folder_of(kernel, gpu).glob("*.json")):
         try:
-            yield json.loads(path.read_text())
-        except (OSError, ValueError):
-            continue
+            entry = json.loads(path.read_text())
+            fits = all(isinstance(entry[name], kind) for name, kind in _FIELDS.items())
+        except (OSError, ValueError, KeyError, TypeError):
+            fits = False
+        yield entry if fits else {}
 
 
 def stale(entry: dict[str, Any], source: str) -> str | None:
     """Why a user's configuration is not used; None if it is."""
+    if not entry:
+        return "not readable"
     if entry["source"] != source:
-        return "of another source"
+        return _ANOTHER_SOURCE
     for name, version in versions().items():
-        if entry["versions"][name] != version:
-            return f"measured with {name} {entry['versions'][name]}"
+        if entry["versions"].get(name) != version:
+            return f"measured with {name} {entry['versions'].get(name)}"
     return None
 
 
-def write(kernel: str, slug: str, entry: dict[str, Any]) -> Path:
-    """Add or replace a user's configuration, whole or not at all; processes that do so at once do not wait."""
-    folder = folder_of(kernel, slug)
+def write(kernel: str, gpu: str, entry: dict[str, Any]) -> Path:
+    """Add or replace a user's configuration, whole or not at all; those who do so at once do not wait."""
+    folder = folder_of(kernel, gpu)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{hashlib.sha256(entry['key'].encode()).hexdigest()[:24]}.json"
-    partial = path.with_suffix(f".{os.getpid()}.part")
-    partial.write_text(json.dumps(entry, indent=1) + "\n")
-    partial.replace(path)
+    # Of no other writer, be it a thread of this process or a process of another host.
+    partial = path.with_suffix(f".{uuid.uuid4().hex}.part")
+    try:
+        partial.write_text(json.dumps(entry, indent=1) + "\n")
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
     return path
 
 
@@ -108,10 +142,10 @@ def lookup(kernel: str, device: int, key: str, source: str) -> dict[str, Any] | 
     """
     if device < 0:
         return None
-    slug = gpu_slug(sys.modules["torch"].cuda.get_device_name(device))
-    table = _TABLES.get((kernel, slug))
+    gpu = sys.modules["torch"].cuda.get_device_name(device)
+    table = _TABLES.get((kernel, gpu))
     if table is None:
-        table = _TABLES[kernel, slug] = Table(kernel, slug, source)
+        table = _TABLES[kernel, gpu] = Table(kernel, gpu, source)
     found = table.configurations.get(key)
     if found is None:
         table.missing.add(key)
@@ -119,8 +153,14 @@ def lookup(kernel: str, device: int, key: str, source: str) -> dict[str, Any] | 
 
 
 def states() -> dict[str, dict[str, Any]]:
-    """kernel -> how many configurations there are, which keys had none, and how many were not used, by reason."""
+    """kernel -> how many configurations there are, how many of them are borrowed and from what, which keys had none,
+    and how many were not used, by reason."""
     return {
-        kernel: {"found": len(table.configurations), "missing": sorted(table.missing), "stale": dict(table.stale)}
+        kernel: {
+            "found": len(table.configurations),
+            "borrowed": dict(table.borrowed),
+            "missing": sorted(table.missing),
+            "stale": dict(table.stale),
+        }
         for (kernel, _), table in _TABLES.items()
     }

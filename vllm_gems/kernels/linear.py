@@ -208,7 +208,10 @@ def source() -> str:
 
 
 def tiling_for(shape: Shape, rows: int, dtype: torch.dtype, device: int) -> Tiling:
-    """The measured tiling for this GPU, else what was best for the shapes that were measured, else the default."""
+    """The measured tiling for this GPU, else what was best for the shapes that were measured, else the default.
+
+    They are measured with bfloat16, and taken for float16: as many bytes, and as fast a product.
+    """
     if dtype.itemsize == 2:
         if found := tuned.lookup("linear", device, key_of(shape, rows), source()):
             return Tiling(**found)

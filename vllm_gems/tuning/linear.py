@@ -90,6 +90,10 @@ def weights(shape: Shape, device: str) -> list[torch.Tensor]:
     ]
 
 
+def prepare(job: Job, device: str) -> list[torch.Tensor]:
+    return weights(job.about.shape, device)
+
+
 def inputs_of(shape: Shape, rows: int, weight: torch.Tensor) -> dict[str, Any]:
     return {
         "x": torch.randn(rows, shape.in_features, device=weight.device).to(DTYPE),
@@ -151,11 +155,12 @@ def general(times: Mapping[str, Mapping[Any, float]]) -> Mapping[str, Any]:
 LINEAR = Tunable(
     ops=("linear", "silu_gated_linear"),
     kernel="linear",
+    dtype="bfloat16",
     source=source,
     jobs=jobs,
     candidates=candidates,
     compile=compile_one,
-    prepare=lambda job, device: weights(job.about.shape, device),
+    prepare=prepare,
     error=error,
     tolerance=TOLERANCE,
     us=us,

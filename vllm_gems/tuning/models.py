@@ -43,7 +43,10 @@ def configurations(model: str) -> tuple[dict[str, Any], ...]:
         return PRESETS[model]
     path = Path(model) / "config.json"
     if path.is_file():
-        return (json.loads(path.read_text()),)
+        try:
+            return (dict(json.loads(path.read_text())),)
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"--model {model}: {path} is no configuration: {error}") from None
     try:
         from transformers import AutoConfig
 
@@ -60,17 +63,27 @@ def _shared(size: int, ranks: int, name: str) -> int:
     return size // ranks
 
 
+def _heads_of_keys(heads: int, ranks: int) -> int:
+    """Of one rank; with more ranks than heads, some have the same."""
+    if heads < ranks and ranks % heads == 0:
+        return 1
+    return _shared(heads, ranks, "num_key_value_heads")
+
+
 def linears(config: Mapping[str, Any], tp: int = 1) -> list[Shape]:
     """The different linear layers of a decoder layer on one of `tp` ranks, fused as vLLM fuses them.
 
     Raises ValueError for a configuration that lacks a size, or a `tp` that does not divide one.
     """
-    config = config.get("text_config") or config
     try:
-        hidden, heads = config["hidden_size"], config["num_attention_heads"]
-        intermediate = config["intermediate_size"]
+        return _linears(config.get("text_config") or config, tp)
     except KeyError as error:
         raise ValueError(f"the configuration has no {error}, so it is not that of a decoder") from None
+
+
+def _linears(config: Mapping[str, Any], tp: int) -> list[Shape]:
+    hidden, heads = config["hidden_size"], config["num_attention_heads"]
+    intermediate = config["intermediate_size"]
     bias = bool(config.get("attention_bias") or config.get("model_type") == "qwen2")
     mine = _shared(heads, tp, "num_attention_heads")
     found: list[Shape] = []
@@ -84,7 +97,7 @@ def linears(config: Mapping[str, Any], tp: int = 1) -> list[Shape]:
         found.append(Shape(mine * config["v_head_dim"], hidden))
     else:
         size = config.get("head_dim") or hidden // heads
-        pairs = max(1, config.get("num_key_value_heads", heads) // tp)
+        pairs = _heads_of_keys(config.get("num_key_value_heads") or heads, tp)
         found += [Shape(hidden, (mine + 2 * pairs) * size, bias), Shape(mine * size, hidden)]
     widths = [intermediate]
     if shared := config.get("n_shared_experts"):

@@ -7,7 +7,8 @@ from typing import Any
 
 from .. import tuned
 from .models import configurations
-from .search import Job, chosen, compiled, generalise, keep, pending, search, tunables
+from .search import Job, NothingFoundError, Tunable, chosen, compiled, generalise, keep, pending, search, tried
+from .workers import Worker
 
 
 def pretune(
@@ -20,72 +21,102 @@ def pretune(
     dry_run: bool = False,
 ) -> dict[str, Any]:
     """Measure what the store does not have yet, job by job, and keep each result at once: a run that was stopped goes
-    on where it was. Returns {"jobs": [{"kernel", "key", "candidates", "us"?}], "lines": [what to print]}.
+    on where it was. A job that has no right candidate does not end it.
 
-    Raises ValueError for a model or an op that is not known, for `tp` that does not divide a layer, and without a GPU.
+    Returns {"jobs": [{"kernel", "key"} and one of "candidates" (a dry run), "us" with "of" (candidates), "known",
+    "failed" (why)], "lines": [what to print]}. Raises ValueError for a model or an op that is not known, for `tp` that
+    does not divide a layer, without a GPU, and where results cannot be written.
     """
     for name, value in (("--tp", tp), ("--max-tokens", max_tokens), ("--max-reqs", max_reqs)):
         if value < 1:
             raise ValueError(f"{name} {value}: expected at least 1")
     wanted = chosen(ops)
-    jobs: dict[int, list[Job]] = {}
-    for config in configurations(model):
-        for index in wanted:
-            jobs.setdefault(index, []).extend(tunables()[index].jobs(config, tp, max_tokens, max_reqs))
-    jobs = {index: list(dict.fromkeys(found)) for index, found in jobs.items()}
+    configs = configurations(model)
+    jobs = []
+    for tunable in wanted:
+        every = [job for config in configs for job in tunable.jobs(config, tp, max_tokens, max_reqs)]
+        jobs.append((tunable, list(dict.fromkeys(every))))
     if dry_run:
         return _told([
-            {"kernel": tunables()[index].kernel, "key": job.key, "candidates": len(tunables()[index].candidates(job))}
-            for index, found in jobs.items()
-            for job in found
+            {"kernel": tunable.kernel, "key": job.key, "candidates": len(tunable.candidates(job))}
+            for tunable, every in jobs
+            for job in every
         ])  # fmt: skip
     import torch
 
     if not torch.cuda.is_available() or torch.version.hip is not None:
         raise ValueError("there is no NVIDIA GPU here to measure on; --dry-run says what would be measured")
-    gpu = torch.cuda.get_device_name()
-    slug = tuned.gpu_slug(gpu)
-    rows = []
-    for index, every in jobs.items():
-        rows += _measured(index, every, gpu, slug)
-    return _told(rows)
+    worker = Worker()
+    try:
+        gpu, arch = worker.run(_gpu)
+        for tunable, _ in jobs:
+            _must_be_writable(tunable.kernel, gpu)
+        return _told([row for tunable, every in jobs for row in _measured(tunable, every, gpu, arch, worker)])
+    finally:
+        worker.close()
 
 
-def _measured(index: int, every: list[Job], gpu: str, slug: str) -> list[dict[str, Any]]:
+def _measured(tunable: Tunable, every: list[Job], gpu: str, arch: int, worker: Worker) -> list[dict[str, Any]]:
     from tqdm import tqdm  # type: ignore[import-untyped]
 
-    tunable = tunables()[index]
-    trials = {job: tunable.candidates(job) for job in pending(tunable, slug, every)}
-    rows = [{"kernel": tunable.kernel, "key": job.key, "candidates": 0} for job in every if job not in trials]
-    work = [(job, candidate) for job, tried in trials.items() for candidate in tried]
+    trials = {job: tunable.candidates(job) for job in pending(tunable, gpu, every)}
+    work = [(job, candidate) for job, candidates in trials.items() for candidate in candidates]
+    rows = [{"kernel": tunable.kernel, "key": job.key, "known": True} for job in every if job not in trials]
     # Compiling and timing take about the same: each candidate counts twice.
     with tqdm(total=2 * len(work), desc=tunable.kernel, unit="trial") as bar:
-        right = compiled(index, work, _arch(), bar.update) if work else set()
-        for job, tried in trials.items():
-            candidates = [candidate for candidate in tried if (job, candidate) in right]
-            outcome = search(tunable, job, candidates, tunable.prepare(job, "cuda"))
-            keep(tunable, slug, gpu, job, outcome)
-            bar.update(len(tried))
-            rows.append({"kernel": tunable.kernel, "key": job.key, "candidates": len(candidates), "us": outcome.us})
-    if trials:
-        generalise(tunable, slug, gpu)
+        right = set(compiled(tunable, work, arch, bar.update))
+        bar.update(len(work) - len(right))
+        for job, candidates in trials.items():
+
+            def attempt(candidate: Any, job: Job = job) -> float | str:
+                found = tried(worker, tunable, job, candidate)
+                bar.update()
+                return found
+
+            row = {"kernel": tunable.kernel, "key": job.key}
+            try:
+                outcome = search(job, [each for each in candidates if (job, each) in right], attempt)
+            except NothingFoundError as error:
+                rows.append({**row, "failed": str(error)})
+                continue
+            keep(tunable, gpu, job, outcome)
+            rows.append({**row, "us": outcome.us, "of": len(outcome.times)})
+    generalise(tunable, gpu)  # again, if all were known: the last run may have been stopped before it
     return rows
 
 
-def _arch() -> int:
-    """This GPU's architecture as Triton says it: 90 for sm_90."""
+def _gpu() -> tuple[str, int]:
+    """The name of this GPU, and its architecture as Triton says it: 90 for sm_90."""
     import torch
 
     major, minor = torch.cuda.get_device_capability()
-    return 10 * major + minor
+    return torch.cuda.get_device_name(), 10 * major + minor
+
+
+def _must_be_writable(kernel: str, gpu: str) -> None:
+    """Said before hours are spent."""
+    folder = tuned.folder_of(kernel, gpu)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise PermissionError("no permission")
+    except OSError as error:
+        raise ValueError(f"cannot write to {folder} ({error}); VLLM_GEMS_TUNED names another folder") from None
 
 
 def _told(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    lines = [
-        f"{row['kernel']:24} {row['key']:28} "
-        + (f"{row['us']:9.1f} us, of {row['candidates']}" if "us" in row else f"{row['candidates']} candidates")
-        for row in rows
-    ]
-    total = sum(row["candidates"] for row in rows)
-    lines.append(f"{len(rows)} jobs, {total} candidates, {len(os.sched_getaffinity(0))} processes to compile them")
-    return {"jobs": rows, "lines": lines}
+    lines = [f"{row['kernel']:24} {row['key']:28} {_outcome(row)}" for row in rows]
+    summary = f"{len(rows)} jobs"
+    if failed := sum("failed" in row for row in rows):
+        summary += f", {failed} without a result"
+    if total := sum(row.get("candidates", 0) for row in rows):
+        summary += f", {total} candidates, {len(os.sched_getaffinity(0))} processes to compile them"
+    return {"jobs": rows, "lines": [*lines, summary]}
+
+
+def _outcome(row: dict[str, Any]) -> str:
+    if "us" in row:
+        return f"{row['us']:9.1f} us, the best of {row['of']}"
+    if "failed" in row:
+        return f"failed: {row['failed']}"
+    return "measured before" if "known" in row else f"{row['candidates']} candidates"

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-import multiprocessing
+import functools
 import os
+import queue
 import statistics
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from .. import tuned
+from .workers import Crashed, Worker
 
 
 class Job(NamedTuple):
@@ -21,10 +25,14 @@ class Job(NamedTuple):
 
 @dataclass(frozen=True)
 class Tunable:
-    """How the configurations of one kernel are found. A candidate is a NamedTuple, whose fields are kept."""
+    """How the configurations of one kernel are found. A candidate is a NamedTuple, whose fields are kept.
+
+    It goes to the processes that compile and try, with jobs and candidates: functions of a module, data that pickle.
+    """
 
     ops: tuple[str, ...]  # as --ops names them
     kernel: str  # under which the store keeps them
+    dtype: str  # of what is measured; a kernel that needs more than one has them in its keys
     source: Callable[[], str]
     # (model's configuration, ranks of tensor parallelism, most tokens of a step, most requests) -> jobs
     jobs: Callable[[Mapping[str, Any], int, int, int], Iterable[Job]]
@@ -50,58 +58,104 @@ class Outcome(NamedTuple):
     lost: dict[Any, str]  # candidate -> why it is out of the question
 
 
-def search(tunable: Tunable, job: Job, candidates: Iterable[Any], context: Any) -> Outcome:
-    """The fastest of the right ones. One that raises is lost, and not the run. Raises RuntimeError if all are lost."""
+def search(job: Job, candidates: Iterable[Any], attempt: Callable[[Any], float | str]) -> Outcome:
+    """The fastest of the right ones. `attempt` answers microseconds, or why a candidate is out of the question.
+
+    Raises NothingFoundError if all are.
+    """
     times: dict[Any, float] = {}
     lost: dict[Any, str] = {}
     for candidate in candidates:
-        try:
-            error = tunable.error(job, candidate, context)
-            if not error <= tunable.tolerance:
-                lost[candidate] = f"off by {error:.1e}"
-                continue
-            times[candidate] = tunable.us(job, candidate, context)
-        except Exception as failure:
-            lost[candidate] = f"{type(failure).__name__}: {failure}"
+        found = attempt(candidate)
+        if isinstance(found, str):
+            lost[candidate] = found
+        else:
+            times[candidate] = found
     if not times:
-        raise RuntimeError(f"{job.key}: no configuration gives the right result: {lost}")
+        reasons = ", ".join(dict.fromkeys(lost.values())) or "none compiles"
+        raise NothingFoundError(f"no configuration gives the right result: {reasons}")
     best = min(times, key=lambda candidate: times[candidate])
     return Outcome(best, times[best], times, lost)
 
 
-def pending(tunable: Tunable, slug: str, jobs: Iterable[Job]) -> list[Job]:
+class NothingFoundError(Exception):
+    """A job has no configuration that works."""
+
+
+@functools.lru_cache(maxsize=1)
+def _prepared(tunable: Tunable, job: Job, device: str) -> Any:
+    return tunable.prepare(job, device)
+
+
+def trial(tunable: Tunable, job: Job, candidate: Any, device: str) -> float | str:
+    """Microseconds of a candidate that is right, else why it is out of the question."""
+    try:
+        context = _prepared(tunable, job, device)
+        error = tunable.error(job, candidate, context)
+        return tunable.us(job, candidate, context) if error <= tunable.tolerance else f"off by {error:.1e}"
+    except Exception as failure:
+        return f"{type(failure).__name__}: {failure}"
+
+
+def _trial_and_check(tunable: Tunable, job: Job, candidate: Any, device: str) -> float | str:
+    """`trial` in a process of its own, which ends itself where its GPU answers nothing but errors any more."""
+    found = trial(tunable, job, candidate, device)
+    if isinstance(found, str) and sys.modules["torch"].cuda.is_initialized():
+        try:
+            sys.modules["torch"].cuda.synchronize()
+        except Exception:
+            os._exit(1)
+    return found
+
+
+def tried(worker: Worker, tunable: Tunable, job: Job, candidate: Any, device: str = "cuda") -> float | str:
+    """`trial` by a worker, whose process may be lost with the candidate."""
+    try:
+        return worker.run(_trial_and_check, tunable, job, candidate, device)
+    except Crashed as crash:
+        return str(crash)
+
+
+def pending(tunable: Tunable, gpu: str, jobs: Iterable[Job]) -> list[Job]:
     """The jobs that the store has no valid result for."""
     source = tunable.source()
-    known = {each["key"] for each in tuned.entries(tunable.kernel, slug) if tuned.stale(each, source) is None}
+    known = {each["key"] for each in tuned.entries(tunable.kernel, gpu) if tuned.stale(each, source) is None}
     return [job for job in jobs if job.key not in known]
 
 
-def keep(tunable: Tunable, slug: str, gpu: str, job: Job, outcome: Outcome) -> None:
+def keep(tunable: Tunable, gpu: str, job: Job, outcome: Outcome) -> None:
     """Write a job's result into the store."""
-    tuned.write(tunable.kernel, slug, {
+    tuned.write(tunable.kernel, gpu, {
         "key": job.key,
         "configuration": outcome.best._asdict(),
         "us": round(outcome.us, 2),
         "times": [[candidate._asdict(), round(us, 2)] for candidate, us in outcome.times.items()],
         "gpu": gpu,
+        "dtype": tunable.dtype,
         "versions": tuned.versions(),
         "source": tunable.source(),
     })  # fmt: skip
 
 
-def generalise(tunable: Tunable, slug: str, gpu: str) -> None:
+def generalise(tunable: Tunable, gpu: str) -> None:
     """Write the configurations for what was not measured itself, from all that was."""
     source = tunable.source()
     times: dict[str, dict[tuple[Any, ...], float]] = {}
     fields: tuple[str, ...] = ()
-    for entry in tuned.entries(tunable.kernel, slug):
+    for entry in tuned.entries(tunable.kernel, gpu):
         if tuned.stale(entry, source) is None and "times" in entry:
             fields = tuple(entry["configuration"])
             times[entry["key"]] = {tuple(found[name] for name in fields): us for found, us in entry["times"]}
     for key, best in tunable.general(times).items():
         configuration = dict(zip(fields, best, strict=True))
-        entry = {"key": key, "configuration": configuration, "gpu": gpu, "versions": tuned.versions(), "source": source}
-        tuned.write(tunable.kernel, slug, entry)
+        tuned.write(tunable.kernel, gpu, {
+            "key": key,
+            "configuration": configuration,
+            "gpu": gpu,
+            "dtype": tunable.dtype,
+            "versions": tuned.versions(),
+            "source": source,
+        })  # fmt: skip
 
 
 def best_of_all(times: Iterable[Mapping[Any, float]]) -> Any:
@@ -116,26 +170,41 @@ def best_of_all(times: Iterable[Mapping[Any, float]]) -> Any:
     return min(means, key=lambda candidate: means[candidate])
 
 
-def _compile(work: tuple[int, Job, Any, int]) -> str:
-    index, job, candidate, arch = work
+def _compile(tunable: Tunable, job: Job, candidate: Any, arch: int) -> bool:
     try:
-        tunables()[index].compile(job, candidate, arch)
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"
-    return ""
+        tunable.compile(job, candidate, arch)
+    except Exception:
+        return False
+    return True
 
 
 def compiled(
-    index: int, work: Sequence[tuple[Job, Any]], arch: int, tick: Callable[[], Any]
-) -> set[tuple[Job, Any]]:
-    """Those of `work`, of the tunable of this number, that compile. `tick` is called for each that is done."""
-    found = set()
-    with multiprocessing.get_context("spawn").Pool(len(os.sched_getaffinity(0))) as pool:
-        tasks = [(index, job, candidate, arch) for job, candidate in work]
-        for (_, job, candidate, _), failure in zip(tasks, pool.imap(_compile, tasks, chunksize=4), strict=True):
+    tunable: Tunable, work: Sequence[tuple[Job, Any]], arch: int, tick: Callable[[], Any]
+) -> list[tuple[Job, Any]]:
+    """Those of `work` that compile, in as many processes as there are cores. `tick` is called for each that is done."""
+    cores = len(os.sched_getaffinity(0))
+    workers = [Worker() for _ in range(cores)]
+    idle: queue.SimpleQueue[Worker] = queue.SimpleQueue()
+    for worker in workers:
+        idle.put(worker)
+
+    def attempt(each: tuple[Job, Any]) -> bool:
+        worker = idle.get()
+        try:
+            return worker.run(_compile, tunable, *each, arch)
+        except Crashed:  # a compiler may
+            return False
+        finally:
+            idle.put(worker)
+
+    found = []
+    with ThreadPoolExecutor(cores) as threads:
+        for each, right in zip(work, threads.map(attempt, work), strict=True):
             tick()
-            if not failure:
-                found.add((job, candidate))
+            if right:
+                found.append(each)
+    for worker in workers:
+        worker.close()
     return found
 
 
@@ -146,12 +215,12 @@ def tunables() -> list[Tunable]:
     return [LINEAR]
 
 
-def chosen(ops: str | None) -> list[int]:
-    """Numbers of the tunables that `--ops` names, all if it is None. Raises ValueError for an op that none has."""
+def chosen(ops: str | None) -> list[Tunable]:
+    """Those that `--ops` names, all if it is None. Raises ValueError for an op that none has."""
     every = tunables()
-    known = {op: index for index, tunable in enumerate(every) for op in tunable.ops}
+    known = [op for tunable in every for op in tunable.ops]
     wanted = known if ops is None else [op.strip() for op in ops.split(",")]
     for op in wanted:
         if op not in known:
             raise ValueError(f"--ops {op}: nothing to tune there; kernels with configurations are {', '.join(known)}")
-    return sorted({known[op] for op in wanted})
+    return [tunable for tunable in every if not set(wanted).isdisjoint(tunable.ops)]
