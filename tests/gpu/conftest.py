@@ -23,6 +23,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--record-commit", default="", help="for the record, where there is no git")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Engines, which take a minute or two each, first and not in a row: pytest-xdist deals out pairs."""
+    engines = [item for item in items if item.path.name == "test_gpu_decoder.py"]
+    others = [item for item in items if item not in engines]
+    for index, engine in enumerate(engines):
+        others.insert(2 * index, engine)
+    items[:] = others
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _gpu() -> None:
     if not torch.cuda.is_available() or torch.version.hip is not None:
