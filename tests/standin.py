@@ -20,13 +20,13 @@ from typing import Any, NamedTuple
 HERE = Path(__file__).resolve().parent
 
 
-def _compiler() -> str | None:
+def compiler() -> str | None:
     return os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
 
 
 def refuses() -> str | None:
     """None if this machine can build the stand-in and Triton's C launcher, else why not."""
-    if _compiler() is None:
+    if compiler() is None:
         return "there is no C compiler, which Triton builds its launcher with"
     if not Path(sysconfig.get_paths()["include"], "Python.h").exists():
         return "this Python came without its headers, which Triton builds its launcher with"
@@ -39,10 +39,10 @@ def environment(folder: Path) -> dict[str, str]:
     assert spec is not None
     assert spec.submodule_search_locations is not None
     headers = Path(spec.submodule_search_locations[0], "backends", "nvidia", "include")
-    compiler, library = _compiler(), folder / "libcuda.so.1"
-    assert compiler is not None
+    cc, library = compiler(), folder / "libcuda.so.1"
+    assert cc is not None
     subprocess.run(
-        [compiler, "-shared", "-fPIC", f"-I{headers}", f"-Wl,-soname,{library.name}", "-o", library,
+        [cc, "-shared", "-fPIC", f"-I{headers}", f"-Wl,-soname,{library.name}", "-o", library,
          HERE / "standin_cuda.c"],
         check=True,
     )  # fmt: skip

@@ -305,6 +305,38 @@ def bind_fused_add_rms_norm(
     return call
 
 
+@functools.cache
+def bind_norm_rows(
+    dtype: torch.dtype,
+    weight_dtype: torch.dtype | None,
+    hidden_size: int,
+    epsilon: float,
+    residual: bool,
+    in_place: bool,
+    device: int,
+) -> Callable[[int, int, int, int, int, int], None]:
+    """Both norms by addresses of contiguous rows, for those who have checked them: what a call settles is settled here.
+
+    norm(x_at, residual_at, weight_at, out_at, residual_out_at, num_rows); 0 for what there is not. In place, out is x
+    and residual_out is residual.
+    """
+    if reason := _never(hidden_size, None, weight_dtype):
+        raise Refused(reason)
+    few, below, pick = _launches(device, dtype, weight_dtype, hidden_size, None, False, residual, in_place)
+    stride = hidden_size if residual else 0
+
+    def norm(x_at: int, residual_at: int, weight_at: int, out_at: int, residual_out_at: int, num_rows: int) -> None:
+        launch, grid = few, num_rows
+        misaligned = (x_at | residual_at | weight_at | out_at | residual_out_at | hidden_size) & 15
+        if num_rows >= below or misaligned:
+            launch, grid = pick(num_rows, 1, misaligned)
+        launch(
+            grid, x_at, residual_at, weight_at, out_at, residual_out_at, num_rows, hidden_size, 0, stride, epsilon
+        )  # fmt: skip
+
+    return norm
+
+
 def rms_norm_refuses(
     x: torch.Tensor,
     weight: torch.Tensor | None,

@@ -31,7 +31,11 @@ class Paged(NamedTuple):
 
 
 class Step(NamedTuple):
-    """What all layers of a forward pass share. The tensors are kept, so that their addresses stay theirs."""
+    """What all layers of a forward pass share. The tensors are kept, so that their addresses stay theirs.
+
+    scratch: memory for what does not outlive a layer, by what it is for. Layers follow one another on a stream, so each
+    can have the same. It goes with the step: no other thread's layers have it.
+    """
 
     metadata: Any
     slot_mapping: Any
@@ -43,6 +47,7 @@ class Step(NamedTuple):
     block_table_at: int
     block_table_stride: int
     seq_lens_at: int
+    scratch: dict[Any, Any]
 
 
 def unknown_field(metadata: Any, known: set[str]) -> str | None:
@@ -94,7 +99,7 @@ def make_step(read: Callable[[Any], Paged], metadata: Any, slot_mapping: Any, po
         raise Refused("a KV connector waits for every layer")
     return Step(
         metadata, slot_mapping, positions, rows, max_seq_len, positions.data_ptr(), slot_mapping.data_ptr(),
-        block_table.data_ptr(), block_table.stride(0), seq_lens.data_ptr(),
+        block_table.data_ptr(), block_table.stride(0), seq_lens.data_ptr(), {},
     )  # fmt: skip
 
 
@@ -120,6 +125,7 @@ class Steps:
         refused = self._refused
         if metadata is not None and refused[0] is metadata and refused[1] is positions:
             raise Refused(refused[2])
+        self._last = None  # and with it its memory, which a prefill may need
         try:
             step = self._last = make_step(self._read, metadata, slot_mapping, positions)
         except Refused as refusal:

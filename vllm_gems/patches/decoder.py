@@ -141,10 +141,11 @@ def _bind(layer: Any, hidden_states: Any) -> Callable[..., Any]:
     """call(step, kv_cache, hidden_states, residual) -> (hidden_states, residual) for this layer; raises Refused."""
     import torch
 
+    from ..cublaslt import WORKSPACE, bind_product
     from ..errors import Refused, Unsettled
     from ..kernels.activation import bind_activation
     from ..kernels.decode_attention import Heads, bind_decode_attention, splits
-    from ..kernels.rms_norm import bind_fused_add_rms_norm, bind_rms_norm
+    from ..kernels.rms_norm import bind_norm_rows
     from ..kernels.rope_and_cache import Attention, bind_rope_and_cache
     from ..launch import allocator
     from .rotary import _cache_of
@@ -176,17 +177,29 @@ def _bind(layer: Any, hidden_states: Any) -> Callable[..., Any]:
         bind_projection(module, dtype, device) for module in (attention.qkv_proj, attention.o_proj, mlp.down_proj)
     )
     project_gate_up = bind_projection(mlp.gate_up_proj, dtype, device, gated=True)
+    products: tuple[Callable[..., None], ...] = ()  # of more than a few rows, settled when they first come
     activate = bind_activation("silu_and_mul", dtype, 2 * intermediate_size, (), device)
-    empty, multiply = allocator(device, dtype), torch._C._nn.linear
+    empty, empty_bytes = allocator(device, dtype), allocator(device, torch.uint8)
+    sizes = dtype, device, hidden_size, qkv_size, q_size, intermediate_size
+
+    def scratch_for(rows: int) -> tuple[Any, ...]:
+        """What a layer computes on the way, and what is where."""
+        widths = [hidden_size, qkv_size, q_size, intermediate_size]
+        if rows > FEW_ROWS:
+            widths += [2 * intermediate_size]
+        tensors = [empty(rows, width) for width in widths]
+        if rows > FEW_ROWS:
+            tensors.append(empty_bytes(1, WORKSPACE))
+        return tensors, *(tensor.data_ptr() for tensor in tensors)
 
     angles = _cache_of(rotary, hidden_states, own_dtype=rotary.use_flashinfer)
     known = [*parameters_of(layer), (rotary._buffers, "cos_sin_cache", angles)]
     norms = layer.input_layernorm, layer.post_attention_layernorm
     input_weight, post_weight = (norm.weight for norm in norms)
-    settled = [(dtype, norm.weight.dtype, hidden_size, norm.variance_epsilon, None, False) for norm in norms]
-    alone = bind_rms_norm(*settled[0], device)
-    first = bind_fused_add_rms_norm(*settled[0], False, device)  # the inputs stay, should anything fail after it
-    second = bind_fused_add_rms_norm(*settled[1], True, device)
+    settled = [(dtype, norm.weight.dtype, hidden_size, norm.variance_epsilon) for norm in norms]
+    alone = bind_norm_rows(*settled[0], False, False, device)
+    first = bind_norm_rows(*settled[0], True, False, device)  # the inputs stay, should anything fail after it
+    second = bind_norm_rows(*settled[1], True, True, device)
 
     q_weight, k_weight, epsilon = None, None, 0.0
     if qk_norm:
@@ -195,7 +208,9 @@ def _bind(layer: Any, hidden_states: Any) -> Callable[..., Any]:
         if attention.k_norm.variance_epsilon != epsilon or q_weight.dtype is not dtype or k_weight.dtype is not dtype:
             raise Refused("q_norm and k_norm differ, or their weights are not of the hidden states' dtype")
 
-    read = qkv, o, gate_up, down, qkv_bias, o_bias, gate_up_bias, down_bias, q_weight, k_weight
+    read = (
+        qkv, o, gate_up, down, qkv_bias, o_bias, gate_up_bias, down_bias, q_weight, k_weight, input_weight, post_weight,
+    )  # fmt: skip
     plainly = torch._C.DisableTorchFunctionSubclass
 
     cache: _Cache | None = None
@@ -212,10 +227,23 @@ def _bind(layer: Any, hidden_states: Any) -> Callable[..., Any]:
         cache = found
         return found
 
+    def settle_products() -> tuple[Callable[..., None], ...]:
+        nonlocal products
+        products = tuple(
+            bind_product(weight.shape[1], weight.shape[0], bias is not None, dtype, device)
+            for weight, bias in zip(read[:4], read[4:8], strict=True)
+        )
+        return products
+
     def call(step: Step, kv_cache: Any, hidden_states: Any, residual: Any) -> Any:
         rows = step.num_requests
-        if hidden_states.dtype is not dtype or hidden_states.shape != (rows, hidden_size):
-            raise Refused(f"hidden_states {hidden_states.dtype} {tuple(hidden_states.shape)} for {rows} requests")
+        for name, x in (("hidden_states", hidden_states), ("residual", residual)):
+            if x is None:
+                continue
+            if x.dtype is not dtype or x.shape != (rows, hidden_size) or x.get_device() != device:
+                raise Refused(f"{name} {x.dtype} {tuple(x.shape)} on {x.device} for {rows} requests")
+            if not x.is_contiguous():
+                raise Refused(f"{name} of strides {x.stride()}")
         for table, name, tensor in known:
             if table[name] is not tensor:
                 raise Unsettled("weights that were replaced")
@@ -223,45 +251,54 @@ def _bind(layer: Any, hidden_states: Any) -> Callable[..., Any]:
         with plainly():
             (
                 qkv_at, o_at, gate_up_at, down_at, qkv_bias_at, o_bias_at, gate_up_bias_at, down_bias_at,
-                q_weight_at, k_weight_at,
+                q_weight_at, k_weight_at, input_weight_at, post_weight_at,
             ) = addresses_of(*read)  # fmt: skip
         cache_at = kv_cache.data_ptr()
         key_at, value_at = cache_at + kept.key_offset, cache_at + kept.value_offset
+        scratch = step.scratch.get(sizes)
+        if scratch is None:
+            scratch = step.scratch[sizes] = scratch_for(rows)
         is_few = rows <= FEW_ROWS
+        if is_few:
+            _, x_at, qkv_out_at, attended_at, active_at = scratch
+        else:
+            tensors, x_at, qkv_out_at, attended_at, active_at, gate_up_out_at, workspace_at = scratch
+            product_qkv, product_o, product_gate_up, product_down = products or settle_products()
+        out = empty(rows, hidden_size)
 
         if residual is None:
-            x, residual = alone(hidden_states, input_weight), hidden_states.clone()
+            residual = hidden_states.clone()
+            alone(residual.data_ptr(), 0, input_weight_at, x_at, 0, rows)
         else:
-            x, residual = first(hidden_states, residual, input_weight)
-
+            before, residual = residual, empty(rows, hidden_size)
+            first(hidden_states.data_ptr(), before.data_ptr(), input_weight_at, x_at, residual.data_ptr(), rows)
         if is_few:
-            y = empty(rows, qkv_size)
-            project_qkv(x.data_ptr(), hidden_size, qkv_at, qkv_bias_at, y.data_ptr(), rows)
+            project_qkv(x_at, hidden_size, qkv_at, qkv_bias_at, qkv_out_at, rows)
         else:
-            y = multiply(x, qkv, qkv_bias)
-        y_at = y.data_ptr()
+            product_qkv(x_at, qkv_at, qkv_bias_at, qkv_out_at, rows, workspace_at)
         write(
-            y_at, qkv_size, step.positions_at, angles.data_ptr(), key_at, value_at, kept.strides,
+            qkv_out_at, qkv_size, step.positions_at, angles.data_ptr(), key_at, value_at, kept.strides,
             step.slot_mapping_at, q_weight_at, k_weight_at, epsilon, rows,
         )  # fmt: skip
-        z = empty(rows, q_size)
         attend(
-            y_at, qkv_size, head_size, key_at, value_at, kept.strides, step.block_table_at, step.block_table_stride,
-            step.seq_lens_at, z.data_ptr(), q_size, rows, splits(rows, kv_heads, step.max_seq_len), scale,
+            qkv_out_at, qkv_size, head_size, key_at, value_at, kept.strides, step.block_table_at,
+            step.block_table_stride, step.seq_lens_at, attended_at, q_size, rows,
+            splits(rows, kv_heads, step.max_seq_len), scale,
         )  # fmt: skip
         if is_few:
-            x = empty(rows, hidden_size)
-            project_o(z.data_ptr(), q_size, o_at, o_bias_at, x.data_ptr(), rows)
+            project_o(attended_at, q_size, o_at, o_bias_at, x_at, rows)
         else:
-            x = multiply(z, o, o_bias)
-        second(x, residual, post_weight)
+            product_o(attended_at, o_at, o_bias_at, x_at, rows, workspace_at)
+        residual_at = residual.data_ptr()
+        second(x_at, residual_at, post_weight_at, x_at, residual_at, rows)
         if is_few:
-            y, z = empty(rows, intermediate_size), empty(rows, hidden_size)
-            project_gate_up(x.data_ptr(), hidden_size, gate_up_at, gate_up_bias_at, y.data_ptr(), rows)
-            project_down(y.data_ptr(), intermediate_size, down_at, down_bias_at, z.data_ptr(), rows)
+            project_gate_up(x_at, hidden_size, gate_up_at, gate_up_bias_at, active_at, rows)
+            project_down(active_at, intermediate_size, down_at, down_bias_at, out.data_ptr(), rows)
         else:
-            z = multiply(activate(multiply(x, gate_up, gate_up_bias)), down, down_bias)
-        return z, residual
+            product_gate_up(x_at, gate_up_at, gate_up_bias_at, gate_up_out_at, rows, workspace_at)
+            activate(tensors[4], tensors[3])
+            product_down(active_at, down_at, down_bias_at, out.data_ptr(), rows, workspace_at)
+        return out, residual
 
     return call
 
