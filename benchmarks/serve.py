@@ -13,7 +13,7 @@ host time on a shared machine drifts by more, from one process to the next, than
 by its median, a side by the median of its bursts. Compiled code cannot change sides, so there a process is a burst.
 
 Before anything is timed, the first round decodes a fixed sequence of tokens, the same in every process, and keeps the
-logits of every step: at batch 1 and 32; at batch 1 for 200 steps, of a prompt whose prefix is cached ("long"); and of
+logits of every step: at batch 1, 32 and 72; at batch 1 for 200 steps, of a prompt whose prefix is cached ("long"); and of
 prompts that come one after the other and are prefilled in pieces beside the decoding of others ("mixed"). Ours and
 stock's are compared with each other and with those of an engine in float32 with the same weights (matrix products and
 attention in full float32). What counts is the relative Frobenius error against float32: ours may be at most 1.1 times
@@ -62,6 +62,7 @@ from benchmarks import measure
 PROMPT = 64
 WARMUP = 8  # steps of a burst that are not timed, the prefill among them
 FORCED = 8  # decode steps whose logits are compared
+COMPARED = (1, 32, 72)  # at these batch sizes; products of more than 64 rows are done in another way
 GREEDY = 32  # tokens decoded freely
 LONG = 200  # decode steps compared of one prompt whose prefix is cached
 MIXED = (40, 300, 3, 90, 170, 64)  # prompts that come while others decode
@@ -528,7 +529,7 @@ def run_all(args: argparse.Namespace, model: Model, out: Path) -> dict[str, dict
     folder = out / "model"
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(model.config))
-    verify_at = [*(str(batch) for batch in (1, 32) if batch <= max(args.batches)), "long", "mixed"]
+    verify_at = [*(str(batch) for batch in COMPARED if batch <= max(args.batches)), "long", "mixed"]
     if not args.logits:
         verify_at = []
     spec = {
@@ -547,7 +548,7 @@ def run_all(args: argparse.Namespace, model: Model, out: Path) -> dict[str, dict
 
     def compare_with_reference() -> None:
         try:
-            run(REFERENCE, REFERENCE.name, batches=[1, 32], prefill=[])
+            run(REFERENCE, REFERENCE.name, batches=list(COMPARED), prefill=[])
         except ChildError as error:  # what was timed is worth keeping; the record says what is missing
             print(error, flush=True)
 

@@ -18,12 +18,12 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 MODELS = {"qwen2.5-7b": "decoder.qwen2", "llama-3.1-8b": "decoder.llama", "qwen3-8b": "decoder.qwen3"}
-CASES = {"1", "32", "long", "mixed"}
+CASES = {"1", "32", "72", "long", "mixed"}
 
 
 def serve(model: str, folder: Path) -> tuple[int, str, dict[str, Any]]:
     """(exit status, output, record) of the benchmark without its timings."""
-    options = ["--layers", "2", "--batches", "1,32", "--no-times", "--out", str(folder)]
+    options = ["--layers", "2", "--batches", "1,72", "--no-times", "--out", str(folder)]
     command = [sys.executable, str(ROOT / "benchmarks" / "serve.py"), "--model", model, *options]
     environ = {**os.environ, "VLLM_GEMS_INCLUDE": "default,decoder.*"}
     ran = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=900, check=False)
