@@ -13,8 +13,8 @@ host time on a shared machine drifts by more, from one process to the next, than
 by its median, a side by the median of its bursts. Compiled code cannot change sides, so there a process is a burst.
 
 Before anything is timed, the first round decodes a fixed sequence of tokens, the same in every process, and keeps the
-logits of every step: at batch 1, 32 and 72; at batch 1 for 200 steps, of a prompt whose prefix is cached ("long"); and of
-prompts that come one after the other and are prefilled in pieces beside the decoding of others ("mixed"). Ours and
+logits of every step: at batch 1, 32 and 72; at batch 1 for 200 steps, of a prompt whose prefix is cached ("long"); and
+of prompts that come one after the other and are prefilled in pieces beside the decoding of others ("mixed"). Ours and
 stock's are compared with each other and with those of an engine in float32 with the same weights (matrix products and
 attention in full float32). What counts is the relative Frobenius error against float32: ours may be at most 1.1 times
 stock's, so that what separates us from stock is bfloat16's rounding and nothing else. Hits are counted there too, and

@@ -13,7 +13,9 @@ from vllm_gems.cublaslt import WORKSPACE, bind_product
 from vllm_gems.kernels.linear import PROJECTIONS, Shape
 
 SHAPES = [
-    pytest.param(shape, id=f"{model}-{layer}") for model, layers in PROJECTIONS.items() for layer, shape in layers.items()
+    pytest.param(shape, id=f"{model}-{layer}")
+    for model, layers in PROJECTIONS.items()
+    for layer, shape in layers.items()
 ]
 
 
