@@ -715,6 +715,7 @@ def main() -> int:
         "logits": accuracy,
         "problems": problems,
         "report": {mode: report_of(results, mode) for mode in args.modes},
+        "environment": {name: value for name, value in os.environ.items() if name.startswith("VLLM_GEMS")},
     }  # fmt: skip
     if args.record:
         path = measure.record(args.record, rows, commit=args.commit, **more)
