@@ -1,7 +1,7 @@
 """The documents' tables of measured results and the report's speed-ups, made from the records under benchmarks/results.
 
 `python tools/tables.py` rewrites what stands between `<!-- table:NAME -->` and `<!-- end -->` in the README and in
-`docs/eager.md`, and `vllm_gems/measured/<gpu>.json`; with `--check` it exits with 1 if that would change something. A
+`docs/`, and `vllm_gems/measured/<gpu>.json`; with `--check` it exits with 1 if that would change something. A
 number that no record has cannot get in this way.
 """
 
@@ -20,7 +20,7 @@ from vllm_gems.catalog import catalog
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-DOCUMENTS = ROOT / "README.md", ROOT / "docs" / "eager.md"
+DOCUMENTS = ROOT / "README.md", ROOT / "docs" / "eager.md", ROOT / "docs" / "mla.md"
 MEASURED = ROOT / "vllm_gems" / "measured"
 
 Record = dict[str, Any]
@@ -101,6 +101,24 @@ def serve_eager_dense(record: Record) -> str:
     return markdown(head, rows)
 
 
+def mla_decode(record: Record) -> str:
+    """GPU time of DeepSeek's attention against FlashMLA and vLLM's Triton kernel, and the errors against float64."""
+    rows = []
+    for row in record["rows"]:
+        case, against, errors = row["case"], row["against"], row["errors"]
+        times = (f"{time:.1f}" for time in (against["flash_mla"], against["triton_mla"], row["ours"]))
+        ratios = (f"{row['ours'] / against[peer]:.2f}" for peer in ("flash_mla", "triton_mla"))
+        error = f"{errors['ours'] / errors['flash_mla']:.2f}"
+        rows.append((str(case["heads"]), str(case["requests"]), str(case["tokens"]), *times, *ratios, error))
+    return markdown(
+        (
+            "heads", "requests", "tokens of each", "FlashMLA, us", "vLLM's Triton, us", "ours, us",
+            "ratio to FlashMLA", "ratio to vLLM's Triton", "error / FlashMLA's",
+        ),
+        rows,
+    )  # fmt: skip
+
+
 def linear(record: Record) -> str:
     """GPU and host time of linear layers against cuBLAS."""
     rows = []
@@ -145,8 +163,10 @@ def vllm_suite(record: Record) -> str:
 
 
 TABLES: dict[str, Callable[[Record], str]] = {
-    table.__name__: table for table in (kernels_gpu, host_per_call, serve_eager_dense, linear, eager_budget, vllm_suite)
+    table.__name__: table
+    for table in (kernels_gpu, host_per_call, serve_eager_dense, linear, mla_decode, eager_budget, vllm_suite)
 }
+TABLES["serve_eager_llama"] = serve_eager_dense
 
 
 def rendered(name: str) -> str:
