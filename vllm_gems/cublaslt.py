@@ -1,6 +1,6 @@
 """cuBLASLt called directly: a product of many rows in one C call, with a plan that is made once for its shape.
 
-`torch.nn.functional.linear` takes 13 to 30 us on the host: the dispatcher, an allocation, and cuBLAS looking for an
+`torch.nn.functional.linear` spends the host's time on the dispatcher, an allocation, and cuBLAS looking for an
 algorithm, at every call. What that search depends on is settled for a layer but for the number of rows. What is left is
 the call itself, with addresses, into the library that PyTorch has loaded: the same algorithms, by the same heuristic.
 

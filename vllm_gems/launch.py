@@ -1,4 +1,4 @@
-"""The launcher: a compiled Triton kernel called through its own C launcher, in 4 to 5 us instead of 14.
+"""The launcher: a compiled Triton kernel called through its own C launcher, in a fifth of the host time.
 
 `kernel[grid](...)` rebuilds argument dictionaries and a cache key at every call. Here the key is settled once, by
 `Build`: argument types, constexprs, and one bit for alignment. What is left per call is integer pointers, the raw
@@ -245,8 +245,8 @@ def _make(build: Build, device: int) -> Launch:
 def allocator(device: int, dtype: torch.dtype) -> Callable[[int, int], torch.Tensor]:
     """(rows, width) -> an uninitialised contiguous tensor, by the shortest way PyTorch has.
 
-    `torch.empty` costs 5 us on the host, most of it parsing; the allocation that Inductor's generated code calls
-    costs about 1, and takes the memory from the same caching allocator.
+    Most of what `torch.empty` costs on the host is parsing; the allocation that Inductor's generated code calls has
+    none, and takes the memory from the same caching allocator.
     """
     if device == CPU:
         return lambda rows, width: torch.empty((rows, width), dtype=dtype)
