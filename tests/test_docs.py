@@ -23,10 +23,10 @@ def test_the_reports_speedups_are_those_of_the_records() -> None:
 
 
 def test_files_named_in_the_documents_exist() -> None:
-    for name in ("README.md", "CONTRIBUTING.md", "docs/design.md", "docs/eager.md", "docs/mla.md"):
-        text = (ROOT / name).read_text()
+    for document in tables.DOCUMENTS:
+        text = document.read_text()
         for path in re.findall(r"`(?:python )?((?:vllm_gems|tests|tools|benchmarks|docs)/[\w/]*\.\w+)", text):
-            assert (ROOT / path).exists(), f"{name} names {path}"
+            assert (ROOT / path).exists(), f"{document.name} names {path}"
 
 
 def test_every_patch_is_in_the_readme() -> None:

@@ -1,8 +1,8 @@
 """The documents' tables of measured results and the report's speed-ups, made from the records under benchmarks/results.
 
-`python tools/tables.py` rewrites what stands between `<!-- table:NAME -->` and `<!-- end -->` in the README and in
-`docs/`, and `vllm_gems/measured/<gpu>.json`; with `--check` it exits with 1 if that would change something. A
-number that no record has cannot get in this way.
+`python tools/tables.py` rewrites what stands between `<!-- table:NAME -->` and `<!-- end -->` in the documents, and
+`vllm_gems/measured/<gpu>.json`; with `--check` it exits with 1 if that would change something. A number that no record
+has cannot get in this way.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from vllm_gems.catalog import catalog
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-DOCUMENTS = ROOT / "README.md", ROOT / "docs" / "eager.md", ROOT / "docs" / "mla.md"
+DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
 MEASURED = ROOT / "vllm_gems" / "measured"
 
 Record = dict[str, Any]
@@ -76,7 +76,7 @@ def host_per_call(record: Record) -> str:
     return markdown(("op", "through", "vLLM, us", "with vllm-gems, us", "ratio"), rows)
 
 
-def serve_eager_dense(record: Record) -> str:
+def serve_eager(record: Record) -> str:
     """Milliseconds of one decode step, and how the turns of one process compare: their spread is the host's noise."""
     compiled = any("stock_compiled" in row["against"] for row in record["rows"])
     rows = []
@@ -163,10 +163,15 @@ def vllm_suite(record: Record) -> str:
 
 
 TABLES: dict[str, Callable[[Record], str]] = {
-    table.__name__: table
-    for table in (kernels_gpu, host_per_call, serve_eager_dense, linear, mla_decode, eager_budget, vllm_suite)
+    "kernels_gpu": kernels_gpu,
+    "host_per_call": host_per_call,
+    "serve_eager_dense": serve_eager,
+    "serve_eager_llama": serve_eager,
+    "linear": linear,
+    "mla_decode": mla_decode,
+    "eager_budget": eager_budget,
+    "vllm_suite": vllm_suite,
 }
-TABLES["serve_eager_llama"] = serve_eager_dense
 
 
 def rendered(name: str) -> str:
@@ -176,7 +181,8 @@ def rendered(name: str) -> str:
         versions = record["versions"]
         where = f"{record['gpu']}, vLLM {versions['vllm']}, PyTorch {versions['torch']}, Triton {versions['triton']}"
         source = f"`{name}.json`, {record['date']}, commit {record['commit'][:10]}"
-        parts.append(f"{where} ({source}):\n\n{TABLES[name](record)}")
+        switches = "".join(f", `{name}={value}`" for name, value in record.get("environment", {}).items())
+        parts.append(f"{where}{switches} ({source}):\n\n{TABLES[name](record)}")
     return "\n\n".join(parts) or "Not measured yet."
 
 
