@@ -398,9 +398,16 @@ def prefill_ms(llm: Any, spec: dict[str, Any], length: int) -> list[float]:
     return times
 
 
-def in_turns(bursts: dict[str, Callable[[], list[float]]], turns: int) -> dict[str, dict[str, list[float]]]:
-    """Median milliseconds of each burst, with the patches and without, which of them first by turns."""
+def in_turns(
+    bursts: dict[str, Callable[[], list[float]]], turns: int
+) -> tuple[dict[str, dict[str, list[float]]], Any]:
+    """Median milliseconds of each burst, with the patches and without, which of them first by turns.
+
+    And the report of the last turn with the patches.
+    """
     import vllm_gems
+
+    report = None
 
     times: dict[str, dict[str, list[float]]] = {name: {"ours": [], "stock": []} for name in bursts}
     for burst in bursts.values():  # the first is slower
@@ -413,10 +420,11 @@ def in_turns(bursts: dict[str, Callable[[], list[float]]], turns: int) -> dict[s
                 vllm_gems.remove_gems_patches_from_vllm()
             for name, burst in bursts.items():
                 times[name][side].append(round(statistics.median(burst()), 3))
-    vllm_gems.apply_gems_patches_to_vllm()
+            if side == "ours":
+                report = own_report()  # rows leave it when the patches are removed
     for name, found in times.items():
         print(f"{name}: {found}", flush=True)
-    return times
+    return times, report
 
 
 def attention_backend(llm: Any) -> str:
@@ -438,11 +446,11 @@ def child(spec: dict[str, Any]) -> None:
         result["ms"][batch] = decode_ms(llm, spec, batch)
         print(f"batch {batch}: {statistics.median(result['ms'][batch]):.2f} ms per step", flush=True)
     found = own_report()
-    result["report"] = found.to_json() if found else None
     bursts: dict[str, Callable[[], list[float]]] = {}
     bursts |= {f"batch {batch}": functools.partial(decode_ms, llm, spec, batch) for batch in spec["batches"]}
     bursts |= {f"prefill {length}": functools.partial(prefill_ms, llm, spec, length) for length in spec["prefill"]}
-    result["turns"] = in_turns(bursts, spec["turns"]) if spec.get("turns") else {}
+    result["turns"], found = in_turns(bursts, spec["turns"]) if spec.get("turns") else ({}, found)
+    result["report"] = found.to_json() if found else None
     (Path(spec["out"]) / f"{spec['name']}.json").write_text(json.dumps(result))
 
 
