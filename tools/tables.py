@@ -167,6 +167,7 @@ TABLES: dict[str, Callable[[Record], str]] = {
     "host_per_call": host_per_call,
     "serve_eager_dense": serve_eager,
     "serve_eager_llama": serve_eager,
+    "serve_eager_qwen3": serve_eager,
     "linear": linear,
     "mla_decode": mla_decode,
     "eager_budget": eager_budget,

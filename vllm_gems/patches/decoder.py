@@ -325,9 +325,6 @@ def _decoder_layer(original: Any, site: Any) -> Any:
     return module_forward(original, site, settle)
 
 
-# Whose times on a GPU are on record, and whose logits are tested there.
-_MEASURED = {"qwen2", "llama"}
-
 PATCHES = tuple(
     Patch(
         f"decoder.{name}",
@@ -335,7 +332,6 @@ PATCHES = tuple(
         ("linear", "silu_gated_linear", "rope_and_cache", "qk_norm_rope_and_cache", "decode_attention"),
         _decoder_layer,
         "a decode step of a layer in eight direct launches, settled per layer",
-        default=name in _MEASURED,
     )
     for name in ("qwen2", "qwen3", "llama")
 )  # fmt: skip
