@@ -232,7 +232,7 @@ def start_engine(spec: dict[str, Any]) -> Any:
     options: dict[str, Any] = dict(MODES[side["mode"]])
     if side["attention"] and has_gpu():
         options["attention_backend"] = side["attention"]
-    else:
+    if not spec["latent"]:  # whose backends want blocks of different sizes
         options["block_size"] = 16
     if side["mode"] == "compiled" and spec["few_graphs"]:
         options["cudagraph_capture_sizes"] = sorted(spec["batches"])
@@ -569,6 +569,7 @@ def run_all(args: argparse.Namespace, model: Model, out: Path) -> dict[str, dict
         "steps": args.steps,
         "prefill": args.prefill,
         "few_graphs": args.few_graphs,
+        "latent": model.latent,
     }
     results: dict[str, dict[str, Any]] = {}
 
