@@ -16,7 +16,7 @@ import torch
 from test_kernels import DEVICE
 from tolerances import absolute, assert_close
 
-from vllm_gems import cublaslt
+from vllm_gems import cublaslt, launch
 from vllm_gems.errors import Refused
 from vllm_gems.launch import CPU
 from vllm_gems.patches import decode_steps, decoder
@@ -50,6 +50,7 @@ def library(built: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(cublaslt, "_load", lambda: found)
     monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: CPU, raising=False)
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: STREAM, raising=False)
+    monkeypatch.setattr(launch, "raw_streams", lambda device: lambda device: STREAM)
     return found
 
 

@@ -31,11 +31,7 @@ class Paged(NamedTuple):
 
 
 class Step(NamedTuple):
-    """What all layers of a forward pass share. The tensors are kept, so that their addresses stay theirs.
-
-    scratch: memory for what does not outlive a layer, by what it is for. Layers follow one another on a stream, so each
-    can have the same. It goes with the step: no other thread's layers have it.
-    """
+    """What all layers of a forward pass share. The tensors are kept, so that their addresses stay theirs."""
 
     metadata: Any
     slot_mapping: Any
@@ -47,7 +43,6 @@ class Step(NamedTuple):
     block_table_at: int
     block_table_stride: int
     seq_lens_at: int
-    scratch: dict[Any, Any]
 
 
 def unknown_field(metadata: Any, known: set[str]) -> str | None:
@@ -99,7 +94,7 @@ def make_step(read: Callable[[Any], Paged], metadata: Any, slot_mapping: Any, po
         raise Refused("a KV connector waits for every layer")
     return Step(
         metadata, slot_mapping, positions, rows, max_seq_len, positions.data_ptr(), slot_mapping.data_ptr(),
-        block_table.data_ptr(), block_table.stride(0), seq_lens.data_ptr(), {},
+        block_table.data_ptr(), block_table.stride(0), seq_lens.data_ptr(),
     )  # fmt: skip
 
 
@@ -125,7 +120,7 @@ class Steps:
         refused = self._refused
         if metadata is not None and refused[0] is metadata and refused[1] is positions:
             raise Refused(refused[2])
-        self._last = None  # and with it its memory, which a prefill may need
+        self._last = None
         try:
             step = self._last = make_step(self._read, metadata, slot_mapping, positions)
         except Refused as refusal:
@@ -276,13 +271,13 @@ def parameters_of(layer: Any) -> list[Kept]:
     ]
 
 
-def addresses_of(*tensors: Any) -> list[int]:
+def addresses_of(*tensors: Any) -> tuple[int, ...]:
     """Read at each call, because loading may move what a parameter holds; 0 for None.
 
     Under `torch._C.DisableTorchFunctionSubclass` without asking a tensor's class, which vLLM derives from Parameter,
     what it thinks of that.
     """
-    return [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+    return tuple([0 if tensor is None else tensor.data_ptr() for tensor in tensors])
 
 
 def bind_projection(linear: Any, dtype: Any, device: int, gated: bool = False) -> Callable[..., None]:
