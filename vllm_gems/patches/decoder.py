@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from ..nouns import Patch
 from ..seams import KV_CACHE_LAYOUTS
 from .decode_steps import (
-    FEW_ROWS,
+    Memory,
     Paged,
     Step,
     Steps,
@@ -29,6 +29,7 @@ from .decode_steps import (
     rotary_refuses,
     source_hash,
     unknown_field,
+    workspace_for,
 )
 
 # What a decode step's metadata says that does not change what is computed, or that is read here. A field that is not
@@ -142,9 +143,7 @@ def _bind(layer: Any, hidden_states: Any) -> Callable[..., Any]:
     import torch
 
     from .. import replay
-    from ..cublaslt import WORKSPACE, bind_product
     from ..errors import Refused, Unsettled
-    from ..kernels.activation import bind_gated_rows
     from ..kernels.decode_attention import Heads, bind_decode_attention, splits
     from ..kernels.rms_norm import bind_norm_rows
     from ..kernels.rope_and_cache import Attention, bind_rope_and_cache
@@ -178,8 +177,6 @@ def _bind(layer: Any, hidden_states: Any) -> Callable[..., Any]:
         bind_projection(module, dtype, device) for module in (attention.qkv_proj, attention.o_proj, mlp.down_proj)
     )
     project_gate_up = bind_projection(mlp.gate_up_proj, dtype, device, gated=True)
-    products: tuple[Callable[..., None], ...] = ()  # of more than a few rows, settled when they first come
-    activate = bind_gated_rows("silu_and_mul", dtype, intermediate_size, (), device)
     empty, itemsize = allocator(device, dtype), dtype.itemsize
 
     angles = _cache_of(rotary, hidden_states, own_dtype=rotary.use_flashinfer)
@@ -217,16 +214,8 @@ def _bind(layer: Any, hidden_states: Any) -> Callable[..., Any]:
         attend = bind_decode_attention(Heads(heads, kv_heads, head_size, found.block_size), dtype, device)
         cache, run = found, replay.bind(device, launches)
 
-    def settle_products() -> tuple[Callable[..., None], ...]:
-        nonlocal products
-        products = tuple(
-            bind_product(weight.shape[1], weight.shape[0], bias is not None, dtype, device)
-            for weight, bias in zip(read[:4], read[4:8], strict=True)
-        )
-        return products
-
     def launches(
-        memory: Callable[[int], int], rows: int, splits: int, is_first: bool, block_table_stride: int,
+        memory: Memory, rows: int, splits: int, is_first: bool, block_table_stride: int,
         angles_at: int, cache_at: int, read_at: tuple[int, ...],
         hidden_at: int, before_at: int, out_at: int, residual_at: int,
         positions_at: int, slot_mapping_at: int, block_table_at: int, seq_lens_at: int,
@@ -244,13 +233,8 @@ def _bind(layer: Any, hidden_states: Any) -> Callable[..., Any]:
             alone(residual_at, 0, input_weight_at, x_at, 0, rows)
         else:
             first(hidden_at, before_at, input_weight_at, x_at, residual_at, rows)
-        is_few = rows <= FEW_ROWS
-        if is_few:
-            project_qkv(x_at, hidden_size, qkv_at, qkv_bias_at, qkv_out_at, rows)
-        else:
-            product_qkv, product_o, product_gate_up, product_down = products or settle_products()
-            workspace_at = memory(WORKSPACE)
-            product_qkv(x_at, qkv_at, qkv_bias_at, qkv_out_at, rows, workspace_at)
+        more = rows, memory, workspace_for(rows, memory)
+        project_qkv(x_at, qkv_at, qkv_bias_at, qkv_out_at, *more)
         write(
             qkv_out_at, qkv_size, positions_at, angles_at, key_at, value_at, kept.strides, slot_mapping_at,
             q_weight_at, k_weight_at, epsilon, rows,
@@ -259,19 +243,10 @@ def _bind(layer: Any, hidden_states: Any) -> Callable[..., Any]:
             qkv_out_at, qkv_size, head_size, key_at, value_at, kept.strides, block_table_at, block_table_stride,
             seq_lens_at, attended_at, q_size, rows, splits, scale,
         )  # fmt: skip
-        if is_few:
-            project_o(attended_at, q_size, o_at, o_bias_at, x_at, rows)
-        else:
-            product_o(attended_at, o_at, o_bias_at, x_at, rows, workspace_at)
+        project_o(attended_at, o_at, o_bias_at, x_at, *more)
         second(x_at, residual_at, post_weight_at, x_at, residual_at, rows)
-        if is_few:
-            project_gate_up(x_at, hidden_size, gate_up_at, gate_up_bias_at, active_at, rows)
-            project_down(active_at, intermediate_size, down_at, down_bias_at, out_at, rows)
-        else:
-            gate_up_out_at = memory(rows * 2 * intermediate_size * itemsize)
-            product_gate_up(x_at, gate_up_at, gate_up_bias_at, gate_up_out_at, rows, workspace_at)
-            activate(gate_up_out_at, 2 * intermediate_size, active_at, rows)
-            product_down(active_at, down_at, down_bias_at, out_at, rows, workspace_at)
+        project_gate_up(x_at, gate_up_at, gate_up_bias_at, active_at, *more)
+        project_down(active_at, down_at, down_bias_at, out_at, *more)
 
     def call(step: Step, kv_cache: Any, hidden_states: Any, residual: Any) -> Any:
         rows = step.num_requests
