@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 import triton
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource
 
 from . import interpreter, policy
 from .errors import NoDeviceError, Refused
@@ -116,6 +117,8 @@ class Build:
             if names[index] != name:
                 raise TypeError(f"{self.function.__name__}: parameter {index} is {names[index]!r}, not {name!r}")
             signature[name], constants[(index,)] = "constexpr", value
+        if self.function.is_gluon():
+            return GluonASTSource(self.function, signature, constants, attrs)
         return ASTSource(self.function, signature, constants, attrs)
 
     def options(self) -> dict[str, Any]:
