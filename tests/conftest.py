@@ -20,8 +20,7 @@ if shutil.which("nvidia-smi") is None:
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
-# cuBLASLt where there is no GPU: a stand-in, which takes launches on this stream alone.
-STREAM = 77
+# cuBLASLt where there is no GPU: a stand-in
 
 
 @pytest.fixture(scope="session")
@@ -52,6 +51,7 @@ def cublaslt_caches() -> Iterator[None]:
 @pytest.fixture
 def library(cublaslt_built: pathlib.Path, cublaslt_caches: None, monkeypatch: pytest.MonkeyPatch) -> Any:
     import torch
+    from standin import STREAM
 
     from vllm_gems import cublaslt, launch
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import STREAM
+from standin import STREAM
 from test_kernels import DEVICE
 from tolerances import absolute, assert_close
 

@@ -289,7 +289,9 @@ def test_scaled_queries_go_to_the_original(monkeypatch: pytest.MonkeyPatch) -> N
         (lambda layer: setattr(layer.mla_attn, "W_UK_T", layer.mla_attn.W_UK_T.half()), "a weight in torch.float16"),
         (lambda layer: setattr(layer.o_proj, "weight", torch.nn.Parameter(layer.o_proj.weight.half())), "float16"),
         (
-            lambda layer: setattr(layer.mla_attn, "W_UK_T", torch.randn(HEADS, NOPE, 2 * LATENT)[..., ::2]),
+            lambda layer: setattr(
+                layer.mla_attn, "W_UK_T", torch.randn(HEADS, NOPE, 2 * LATENT, device=DEVICE)[..., ::2]
+            ),
             "absorbed weights of strides",
         ),
     ],
