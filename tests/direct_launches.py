@@ -5,6 +5,7 @@ The machine code, the C launcher and the arguments are Triton's; only what is be
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import threading
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ import triton
 import triton.language as tl
 from standin import Launch, Standin, install
 
-from vllm_gems import launch
+from vllm_gems import launch, replay
 from vllm_gems.catalog import catalog
 from vllm_gems.errors import Refused
 from vllm_gems.launch import Build, launcher
@@ -268,3 +269,127 @@ def test_kernels_that_need_scratch_memory_get_it(standin: Standin, monkeypatch: 
     assert len(asked) == 1
     assert scratch.data_ptr().to_bytes(8, "little") in found.parameters
     assert found == by_triton(build, 3, args)
+
+
+# Recordings, made again in C
+
+
+@pytest.fixture
+def in_c(standin: Standin, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever is recorded must be launched by replay.c, with memory that seems to be at ARENA."""
+
+    def fail(*_: Any) -> None:
+        raise AssertionError("launched one by one")
+
+    monkeypatch.setattr(replay, "_one_by_one", fail)
+    monkeypatch.setattr(replay, "arena", lambda device, stream, nbytes: ARENA)
+
+
+ARENA = 0x7000_0000
+
+
+def replayed(run: Any, facts: tuple[Any, ...], addresses: tuple[int, ...]) -> list[Launch]:
+    with STANDIN.launches() as found:
+        run(facts, addresses)
+    return found
+
+
+@pytest.mark.parametrize("build", BUILDS)
+def test_a_recording_is_the_same_launch(build: Build, in_c: None) -> None:
+    """With the addresses of the first time, and with others; numbers that are no addresses are recorded as they are."""
+    direct, args = launcher(build, 0), addresses(arguments(build))
+    pointers = [index for index, kind in enumerate(build.types) if kind is not None and kind.startswith("*")]
+
+    def launches(memory: Any, *at: int) -> None:
+        now = list(args)
+        for index, address in zip(pointers, at, strict=True):
+            now[index] = address
+        direct(3, *now)
+
+    run = replay.bind(0, launches)
+    for shift in (0, 1 << 33):
+        for index in pointers:
+            args[index] += shift
+        with STANDIN.launches() as expected:
+            direct(3, *args)
+        assert replayed(run, (), tuple(args[index] for index in pointers)) == expected
+
+
+def test_launches_of_a_recording_keep_their_order_and_their_memory(in_c: None) -> None:
+    """Two launches and a function in between, which share an address that the recording laid out."""
+    direct, args = launcher(ONE, 0), addresses(arguments(ONE))
+    called: list[tuple[int, ...]] = []
+
+    def function(*args: int) -> int:
+        called.append(args)
+        return 0
+
+    by = ctypes.CFUNCTYPE(ctypes.c_int, *(ctypes.c_uint64,) * 16)(function)
+
+    def launches(memory: Any, first: int, second: int) -> None:
+        between = memory(100), memory(300), memory(1)
+        direct(2, between[0], *args[1:])
+        launch.recording().call(by, 5, second, between[1], None, launch.recording().stream())
+        direct(4, between[2] + 16, *args[1:])
+
+    run = replay.bind(0, launches)
+    for _ in range(2):
+        one, other = replayed(run, (), (64, 80))
+        assert (one.grid, other.grid) == ((2, 1, 1), (4, 1, 1))
+        assert one.parameters[:8] == ARENA.to_bytes(8, "little")
+        assert other.parameters[:8] == (ARENA + 256 + 512 + 16).to_bytes(8, "little")
+    assert called == [(5, 80, ARENA + 256, 0, STANDIN.stream(0), *(0,) * 11)] * 2
+
+
+def test_a_status_of_a_recorded_function_is_an_error(in_c: None) -> None:
+    by = ctypes.CFUNCTYPE(ctypes.c_int, *(ctypes.c_uint64,) * 16)(lambda *_: 7)
+    direct, args = launcher(ONE, 0), addresses(arguments(ONE))
+
+    def launches(memory: Any) -> None:
+        direct(1, *args)
+        launch.recording().call(by)
+        direct(1, *args)
+
+    with STANDIN.launches() as found, pytest.raises(RuntimeError, match="launch 2 of 3 returned status 7"):
+        replay.bind(0, launches)((), ())
+    assert len(found) == 1
+
+
+@pytest.mark.parametrize("name", ["launch_enter_hook", "launch_exit_hook"])
+def test_hooks_are_told_of_recorded_launches(name: str, standin: Standin, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(replay, "arena", lambda device, stream, nbytes: ARENA)
+    hook, told = getattr(triton.knobs.runtime, name), []
+    direct, args = launcher(ONE, 0), addresses(arguments(ONE))
+    run = replay.bind(0, lambda memory, x: direct(3, x, *args[1:]))
+    expected = replayed(run, (), (args[0],))
+
+    def note(metadata: Any) -> None:
+        told.append(metadata.get()["name"])
+
+    hook.add(note)
+    try:
+        assert replayed(run, (), (args[0],)) == expected
+    finally:
+        hook.remove(note)
+    assert told == [ONE.function.__name__]
+    assert replayed(run, (), (args[0],)) == expected
+    assert len(told) == 1
+
+
+def test_an_empty_grid_of_a_recording_launches_nothing(in_c: None) -> None:
+    direct, args = launcher(ONE, 0), addresses(arguments(ONE))
+    assert replayed(replay.bind(0, lambda memory: direct(0, *args)), (), ()) == []
+
+
+def test_programs_that_do_not_fit_together_are_refused() -> None:
+    driver = replay._driver()
+    assert driver is not None
+    launched = (1).to_bytes(8, "little") + b"".join(number.to_bytes(4, "little") for number in (1, 32, 0, 1, 2, 0))
+    for cells, launches, patches in ((16, launched, b""), (8, b"", bytes((9,)) + bytes(15))):
+        with pytest.raises(ValueError, match="do not fit"):
+            driver.module.make(driver.launch, 2, bytes(cells), launches, patches)
+    program = driver.module.make(driver.launch, 2, b"", b"", b"")
+    with pytest.raises(TypeError, match="1 values for a program of 2"):
+        driver.module.run(program, 0)
+    with pytest.raises(OverflowError):
+        driver.module.run(program, 0, -1)

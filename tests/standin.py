@@ -19,6 +19,8 @@ from typing import Any, NamedTuple
 
 HERE = Path(__file__).resolve().parent
 
+STREAM = 77  # the only one that standin_cublaslt.c takes
+
 
 def compiler() -> str | None:
     return os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")

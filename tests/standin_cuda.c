@@ -62,6 +62,20 @@ CUresult cuLaunchKernelEx(const CUlaunchConfig *config, CUfunction function, voi
   return CUDA_SUCCESS;
 }
 
+CUresult cuLaunchKernel(CUfunction function, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned block_x,
+                        unsigned block_y, unsigned block_z, unsigned shared, CUstream stream, void **parameters,
+                        void **extra) {
+  CUlaunchConfig config = {grid_x, grid_y, grid_z, block_x, block_y, block_z, shared, stream, NULL, 0};
+  return cuLaunchKernelEx(&config, function, parameters, extra);
+}
+
+CUresult cuFuncGetParamInfo(CUfunction function, size_t index, size_t *offset, size_t *size) {
+  Module *module = &modules[(size_t)function];
+  if (index >= (size_t)module->parameters)
+    return CUDA_ERROR_INVALID_VALUE;
+  return *offset = 0, *size = module->sizes[index], CUDA_SUCCESS;
+}
+
 CUresult cuModuleLoadData(CUmodule *module, const void *image) {
   if (loaded == MOST)
     return CUDA_ERROR_OUT_OF_MEMORY;

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import ctypes
-import subprocess
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import standin
 import torch
+from standin import STREAM
 from test_kernels import DEVICE
 from tolerances import absolute, assert_close
 
@@ -21,36 +17,9 @@ from vllm_gems.errors import Refused
 from vllm_gems.launch import CPU
 from vllm_gems.patches import decode_steps, decoder
 
-STREAM = 77  # the only one that the stand-in takes
-
-
-@pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    if reason := standin.refuses():
-        pytest.skip(reason)
-    path = tmp_path_factory.mktemp("cublaslt") / "libcublasLt.so"
-    source = Path(__file__).with_name("standin_cublaslt.c")
-    subprocess.run([str(standin.compiler()), "-shared", "-fPIC", "-O2", "-o", str(path), str(source)], check=True)
-    return path
-
 
 @pytest.fixture(autouse=True)
-def _fresh() -> Iterator[None]:
-    caches = cublaslt._library, cublaslt._handle, cublaslt.bind_product
-    for cache in caches:
-        cache.cache_clear()
-    yield
-    for cache in caches:
-        cache.cache_clear()
-
-
-@pytest.fixture
-def library(built: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    found = ctypes.PyDLL(str(built))
-    monkeypatch.setattr(cublaslt, "_load", lambda: found)
-    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: CPU, raising=False)
-    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: STREAM, raising=False)
-    return found
+def _fresh(cublaslt_caches: None) -> None: ...
 
 
 def operands(rows: int, in_features: int, out_features: int, bias: bool) -> dict[str, Any]:
@@ -194,7 +163,7 @@ def test_a_layer_of_more_rows_than_few_is_the_same(library: Any, monkeypatch: py
     hidden_states, residual = torch.randn(rows, HIDDEN), torch.randn(rows, HIDDEN)
     results = []
     for few in (rows, rows - 1):
-        monkeypatch.setattr(decoder, "FEW_ROWS", few)
+        monkeypatch.setattr(decode_steps, "FEW_ROWS", few)
         step = decode_steps.make_step(
             lambda metadata: decode_steps.Paged(rows, 20, block_table, seq_lens), object(), slots, positions
         )

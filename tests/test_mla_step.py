@@ -13,11 +13,12 @@ import pytest
 import torch
 from test_kernels import DEVICE
 
+from vllm_gems import replay
 from vllm_gems.errors import Refused
 from vllm_gems.kernels import mla_decode
 from vllm_gems.kernels.mla_rope_and_cache import mla_rope_and_cache_reference
 from vllm_gems.kernels.paged import random_pages
-from vllm_gems.patches import mla_step
+from vllm_gems.patches import decode_steps, mla_step
 from vllm_gems.sites import Site
 
 HIDDEN, HEADS, NOPE, ROPE, LATENT, VALUE, PAGE = 40, 3, 24, 16, 32, 20, 16
@@ -177,14 +178,16 @@ def assert_right(model: Model, got: Any, expected: tuple[torch.Tensor, torch.Ten
     torch.testing.assert_close(model.layer.mla_attn.kv_cache.double(), expected[1], rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("few_rows", [4, 2])  # with more, the products are PyTorch's
+@pytest.mark.parametrize("few_rows", [4, 2])  # with more, the products are cuBLASLt's
 @pytest.mark.parametrize("rows", [1, 4])
 @pytest.mark.parametrize("q_lora", [None, 28])
 def test_a_decode_step_is_right(
-    monkeypatch: pytest.MonkeyPatch, q_lora: int | None, rows: int, few_rows: int
+    monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest, q_lora: int | None, rows: int, few_rows: int
 ) -> None:
+    if DEVICE == "cpu" and rows > few_rows:
+        request.getfixturevalue("library")
     model = Model(monkeypatch, rows, q_lora)
-    monkeypatch.setattr(mla_step, "FEW_ROWS", few_rows)
+    monkeypatch.setattr(decode_steps, "FEW_ROWS", few_rows)
     expected, hidden = model.expected(), model.hidden.clone()
     for _ in range(2):  # the second is settled, and writes the same to the cache
         assert_right(model, model.call(), expected)
@@ -210,7 +213,9 @@ def test_replaced_weights_are_used(monkeypatch: pytest.MonkeyPatch, name: str) -
 def test_a_failure_in_the_middle_harms_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     model = Model(monkeypatch)
     expected, hidden = model.expected(), model.hidden.clone()
-    monkeypatch.setattr(mla_decode, "shares", lambda *_: 1 / 0)
+    made = replay._one_by_one
+    monkeypatch.setattr(replay, "_driver", lambda: None)
+    monkeypatch.setattr(replay, "_one_by_one", lambda entries, values: made(entries[:4], values) or 1 / 0)
     assert model.call() == "the original"
     assert "ZeroDivisionError" in model.site.failure
     assert torch.equal(model.hidden, hidden)
@@ -284,7 +289,9 @@ def test_scaled_queries_go_to_the_original(monkeypatch: pytest.MonkeyPatch) -> N
         (lambda layer: setattr(layer.mla_attn, "W_UK_T", layer.mla_attn.W_UK_T.half()), "a weight in torch.float16"),
         (lambda layer: setattr(layer.o_proj, "weight", torch.nn.Parameter(layer.o_proj.weight.half())), "float16"),
         (
-            lambda layer: setattr(layer.mla_attn, "W_UK_T", torch.randn(HEADS, NOPE, 2 * LATENT)[..., ::2]),
+            lambda layer: setattr(
+                layer.mla_attn, "W_UK_T", torch.randn(HEADS, NOPE, 2 * LATENT, device=DEVICE)[..., ::2]
+            ),
             "absorbed weights of strides",
         ),
     ],

@@ -55,8 +55,11 @@ ALLOWED = {
     "tuning": {".kernels", ".launch", ".tuned"},
     "kernels": {".errors", ".launch", ".nouns", ".scratch", ".tuned"},
     "sites": {".errors"},
-    "cublaslt": {".errors"},
-    "patches": {".cublaslt", ".errors", ".kernels", ".launch", ".nouns", ".probes", ".seams", ".sites"},
+    "cublaslt": {".errors", ".launch"},
+    "replay": {".launch", ".scratch"},
+    "patches": {
+        ".cublaslt", ".errors", ".kernels", ".launch", ".nouns", ".probes", ".replay", ".seams", ".sites",
+    },
     "binders": {".probes", ".nouns", ".sites", ".worlds"},
     "ops": {".nouns"},
     "hookspecs": {".nouns"},

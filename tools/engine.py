@@ -121,6 +121,13 @@ def _known(model: str) -> None:
         ModelRegistry.register_model(name, ModelRegistry.models[name].load_model_cls())
 
 
+def _portable_attention(model: str) -> dict[str, Any]:
+    """The backend that every CPU has, for a model with latent attention: the one for AMX does no float32."""
+    if has_gpu() or "kv_lora_rank" not in json.loads((Path(model) / "config.json").read_text()):
+        return {}
+    return {"attention_backend": "CPU_MLA"}
+
+
 def run_vllm(job: Job) -> dict[str, Any]:
     """Generate greedily and score in a vLLM engine."""
     from vllm import LLM, SamplingParams
@@ -129,7 +136,7 @@ def run_vllm(job: Job) -> dict[str, Any]:
     # vLLM warms up with as many tokens as it may meet at once, which takes minutes in Triton's interpreter.
     small = {"max_model_len": 512, "max_num_batched_tokens": 512, "max_num_seqs": 4, "enable_prefix_caching": False}
     quiet = {"use_tqdm_on_load": False, "disable_log_stats": True}
-    options = {"enforce_eager": True, **small, **quiet, **job.options}
+    options = {"enforce_eager": True, **small, **quiet, **_portable_attention(job.model), **job.options}
     llm = LLM(job.model, dtype=job.dtype, seed=0, **options)
     say(f"{job.name}: engine started in {time.monotonic() - started:.0f} s")
     tokens: list[list[int]] = []

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 
 from .errors import Refused
+from .launch import recording
 
 # Bytes of memory that a product may use beside its operands; what PyTorch gives cuBLAS on Hopper.
 WORKSPACE = 32 << 20
@@ -171,6 +172,13 @@ def bind_product(
         if plan is None:
             plan = plans.setdefault(num_rows, planned(num_rows, description))
         x_layout, out_layout, algorithm, _ = plan
+        if tape := recording():
+            tape.hold(plan)
+            tape.call(
+                matmul, handle, description, one_at, weight_at, weight_layout, x_at, x_layout, zero_at, out_at,
+                out_layout, out_at, out_layout, algorithm, workspace_at, WORKSPACE, tape.stream(),
+            )  # fmt: skip
+            return
         status = matmul(
             handle, description, one_at, weight_at, weight_layout, x_at, x_layout, zero_at, out_at, out_layout, out_at,
             out_layout, algorithm, workspace_at, WORKSPACE, current_stream(device),

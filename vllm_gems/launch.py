@@ -10,14 +10,16 @@ current device. Those, an unknown Triton release, the interpreter and backends w
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource
 
 from . import interpreter, policy
 from .errors import NoDeviceError, Refused
@@ -30,6 +32,36 @@ if INTERPRETED:
 Launch = Callable[..., None]
 
 CPU = -1  # what Tensor.get_device() answers for a CPU tensor
+
+# thread -> what writes its launches down instead of making them (`replay.Tape`); empty nearly always.
+_TAPES: dict[int, Any] = {}
+
+
+class Native(NamedTuple):
+    """A kernel as the driver launches it."""
+
+    kernel: int  # its handle
+    threads: int  # of a program
+    shared: int  # bytes
+    types: tuple[str | None, ...]  # as in Build
+
+
+@contextmanager
+def recording_on(tape: Any) -> Iterator[None]:
+    """What this thread launches and allocates goes to `tape`."""
+    thread = threading.get_ident()
+    if thread in _TAPES:
+        raise RuntimeError("a recording within a recording")
+    _TAPES[thread] = tape
+    try:
+        yield
+    finally:
+        del _TAPES[thread]
+
+
+def recording() -> Any:
+    """The tape of this thread, or None."""
+    return _TAPES.get(threading.get_ident()) if _TAPES else None
 
 _TYPES = {
     torch.float16: "fp16",
@@ -85,6 +117,8 @@ class Build:
             if names[index] != name:
                 raise TypeError(f"{self.function.__name__}: parameter {index} is {names[index]!r}, not {name!r}")
             signature[name], constants[(index,)] = "constexpr", value
+        if self.function.is_gluon():
+            return GluonASTSource(self.function, signature, constants, attrs)
         return ASTSource(self.function, signature, constants, attrs)
 
     def options(self) -> dict[str, Any]:
@@ -125,6 +159,9 @@ def _by_subscript(build: Build) -> Launch:
     keywords = dict(build.constexprs) | ({} if INTERPRETED else build.options())
 
     def launch(grid: int, *args: Any) -> None:
+        if tape := recording():
+            tape.launch(launch, None, grid, args)
+            return
         wrapped = [
             None if kind is None else arg if kind == "" else _Pointer(arg, kind)
             for kind, arg in zip(kinds, args, strict=True)
@@ -179,7 +216,15 @@ def _direct(build: Build, device: int) -> Launch:
         return subscript
     function, head, packed = _CALLS[_triton_release()](kernel, runner, build)
 
+    num_warps, num_ctas, shared = kernel.packed_metadata
+    native = None
+    if num_ctas == 1 and not (runner.launch_cooperative_grid or runner.launch_pdl):
+        native = Native(int(kernel.function), 32 * num_warps, shared, build.types)
+
     def guarded(grid: int, *args: Any) -> None:
+        if tape := recording():
+            tape.launch(launch, native, grid, args)
+            return
         with torch.cuda.device(device):
             subscript(grid, *args)
 
@@ -190,7 +235,7 @@ def _direct(build: Build, device: int) -> Launch:
     passed = f"({', '.join(own)},)" if packed else ", ".join(own)
     source = (
         f"def launch(grid, {', '.join(own)}):\n"
-        f"    if current_device() != device or enter.calls or leave.calls:\n"
+        f"    if current_device() != device or enter.calls or leave.calls or tapes:\n"
         f"        guarded(grid, {', '.join(own)})\n"
         f"    else:\n"
         f"        function(grid, 1, 1, raw_stream(device), {', '.join(settled)}, {passed})\n"
@@ -200,6 +245,7 @@ def _direct(build: Build, device: int) -> Launch:
         "raw_stream": torch._C._cuda_getCurrentRawStream,
         "enter": triton.knobs.runtime.launch_enter_hook,
         "leave": triton.knobs.runtime.launch_exit_hook,
+        "tapes": _TAPES,
         "device": device,
         "guarded": guarded,
         "function": function,
@@ -209,6 +255,23 @@ def _direct(build: Build, device: int) -> Launch:
     exec(source, names)
     launch: Launch = names["launch"]
     return launch
+
+
+def readiness(device: int) -> Callable[[], bool]:
+    """() -> whether kernels of `device` can be launched past Triton now: it is current, and nobody wants to know."""
+    if direct_refuses():
+        return lambda: False
+    current_device: Callable[[], int] = torch._C._cuda_getDevice
+    enter, leave = triton.knobs.runtime.launch_enter_hook, triton.knobs.runtime.launch_exit_hook
+    return lambda: current_device() == device and not enter.calls and not leave.calls
+
+
+def raw_streams(device: int) -> Callable[[int], int]:
+    """(device) -> the current stream as the driver's integer; 0 where there is none."""
+    if device == CPU:
+        return lambda device: 0
+    current: Callable[[int], int] = torch._C._cuda_getCurrentRawStream
+    return current
 
 
 _LAUNCHES: dict[tuple[Build, int], Launch] = {}
@@ -242,23 +305,24 @@ def _make(build: Build, device: int) -> Launch:
         return _by_subscript(build) if direct_refuses() else _direct(build, device)
 
 
-def allocator(device: int, dtype: torch.dtype) -> Callable[[int, int], torch.Tensor]:
+def allocator(device: int, dtype: torch.dtype) -> Callable[[int, int], Any]:
     """(rows, width) -> an uninitialised contiguous tensor, by the shortest way PyTorch has.
 
     Most of what `torch.empty` costs on the host is parsing; the allocation that Inductor's generated code calls has
-    none, and takes the memory from the same caching allocator.
+    none, and takes the memory from the same caching allocator. While launches are recorded, the memory is the
+    recording's, and what is returned knows nothing but its `data_ptr()`.
     """
-    if device == CPU:
-        return lambda rows, width: torch.empty((rows, width), dtype=dtype)
-    where = torch.device("cuda", device)
-    try:
-        shortest = torch._C._dynamo.guards._empty_strided_cuda
-    except AttributeError:
-        return lambda rows, width: torch.empty((rows, width), dtype=dtype, device=where)
-    current_device = torch._C._cuda_getDevice
+    where = torch.device("cpu") if device == CPU else torch.device("cuda", device)
+    shortest: Any = None
+    current_device: Any = None
+    if device != CPU:
+        shortest = getattr(torch._C._dynamo.guards, "_empty_strided_cuda", None)
+        current_device = torch._C._cuda_getDevice
 
-    def empty(rows: int, width: int) -> torch.Tensor:
-        if current_device() == device:
+    def empty(rows: int, width: int) -> Any:
+        if _TAPES and (tape := recording()):
+            return tape.memory(rows * width * dtype.itemsize)
+        if shortest is not None and current_device() == device:
             return shortest((rows, width), (width, 1), dtype)
         return torch.empty((rows, width), dtype=dtype, device=where)
 

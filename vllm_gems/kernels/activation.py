@@ -200,15 +200,13 @@ def _build(
 
 
 @functools.cache
-def bind_activation(
-    name: str, dtype: torch.dtype, last: int, params: tuple[float, ...], device: int
-) -> Callable[..., torch.Tensor]:
-    """The activation with everything settled that a layer knows for ever: call(x, out=None) -> out.
+def bind_gated_rows(
+    name: str, dtype: torch.dtype, width: int, params: tuple[float, ...], device: int
+) -> Callable[[int, int, int, int], None]:
+    """A gated activation by addresses: activate(x_at, x_stride, out_at, num_rows), for those who have checked them.
 
-    last: the size of x's last dimension, twice the result's for a gated activation; ignored for a plain one.
+    x: num_rows rows of 2 * width elements, x_stride elements from one to the next; out: [num_rows, width], contiguous.
     """
-    gated = bool(_BY_NAME[name].order)
-    width = last // 2 if gated else 0
     block, _ = _tiling(width, True)
     blocks = (width + block - 1) // block  # of a row
 
@@ -217,9 +215,30 @@ def bind_activation(
         return launcher(_build(name, dtype, width, params, many, aligned), device)
 
     few, many = launch_for(False, True), launch_for(True, True)
-    empty = allocator(device, dtype)
 
-    def gated_call(x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+    def activate(x_at: int, x_stride: int, out_at: int, num_rows: int) -> None:
+        launch = few if num_rows * width < _MANY_ELEMENTS else many
+        if (x_at | out_at | x_stride) & 15:
+            launch = launch_for(launch is many, False)
+        launch(num_rows * blocks, x_at, out_at, 0, x_stride)
+
+    return activate
+
+
+@functools.cache
+def bind_activation(
+    name: str, dtype: torch.dtype, last: int, params: tuple[float, ...], device: int
+) -> Callable[..., torch.Tensor]:
+    """The activation with everything settled that a layer knows for ever: call(x, out=None) -> out.
+
+    last: the size of x's last dimension, twice the result's for a gated activation; ignored for a plain one.
+    """
+    if not _BY_NAME[name].order:
+        return _bind_plain(name, dtype, params, device)
+    width = last // 2
+    activate, empty = bind_gated_rows(name, dtype, width, params, device), allocator(device, dtype)
+
+    def call(x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         shape = x.shape
         if x.dtype is not dtype or x.get_device() != device or shape[-1] != last:
             raise Refused(f"x is {x.dtype} {tuple(shape)} on device {x.get_device()}, expected {dtype} [..., {last}]")
@@ -231,14 +250,23 @@ def bind_activation(
                 raise Refused(f"x of strides {x.stride()} is not rows at one distance")
             rows, stride = found[0], found[2]
         result = empty(rows, width) if out is None else out
-        x_at, out_at = x.data_ptr(), result.data_ptr()
-        launch = few if rows * width < _MANY_ELEMENTS else many
-        if (x_at | out_at | stride) & 15:
-            launch = launch_for(launch is many, False)
-        launch(rows * blocks, x_at, out_at, 0, stride)
+        activate(x.data_ptr(), stride, result.data_ptr(), rows)
         return result if out is not None or len(shape) == 2 else result.view(*shape[:-1], width)
 
-    def plain_call(x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+    return call
+
+
+def _bind_plain(name: str, dtype: torch.dtype, params: tuple[float, ...], device: int) -> Callable[..., torch.Tensor]:
+    block, _ = _tiling(0, True)
+
+    @functools.cache
+    def launch_for(many: bool, aligned: bool) -> Launch:
+        return launcher(_build(name, dtype, 0, params, many, aligned), device)
+
+    few, many = launch_for(False, True), launch_for(True, True)
+    empty = allocator(device, dtype)
+
+    def call(x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         if x.dtype is not dtype or x.get_device() != device:
             raise Refused(f"x is {x.dtype} on device {x.get_device()}, expected {dtype} on device {device}")
         if not x.is_contiguous():
@@ -252,7 +280,7 @@ def bind_activation(
         launch((elements + block - 1) // block, x_at, out_at, elements, 0)
         return result
 
-    return gated_call if gated else plain_call
+    return call
 
 
 def activation_refuses(name: str, x: torch.Tensor, out: torch.Tensor | None = None) -> str | None:

@@ -255,6 +255,7 @@ def _build(heads: Heads, dtype: torch.dtype, split: bool, aligned: bool = True) 
 _FULL = 256
 
 
+@functools.lru_cache(maxsize=64)  # the same for all layers of a step
 def splits(num_reqs: int, num_kv_heads: int, max_seq_len: int) -> int:
     """How many programs should share the context of a request, at most: a power of two."""
     programs = num_reqs * num_kv_heads

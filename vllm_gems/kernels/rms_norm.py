@@ -314,24 +314,25 @@ def bind_norm_rows(
     residual: bool,
     in_place: bool,
     device: int,
+    x_stride: int | None = None,
 ) -> Callable[[int, int, int, int, int, int], None]:
     """Both norms by addresses of contiguous rows, for those who have checked them: what a call settles is settled here.
 
     norm(x_at, residual_at, weight_at, out_at, residual_out_at, num_rows); 0 for what there is not. In place, out is x
-    and residual_out is residual.
+    and residual_out is residual. x_stride: elements from one row of x to the next, if it is not contiguous.
     """
     if reason := _never(hidden_size, None, weight_dtype):
         raise Refused(reason)
     few, below, pick = _launches(device, dtype, weight_dtype, hidden_size, None, False, residual, in_place)
-    stride = hidden_size if residual else 0
+    stride, x_stride = hidden_size if residual else 0, hidden_size if x_stride is None else x_stride
 
     def norm(x_at: int, residual_at: int, weight_at: int, out_at: int, residual_out_at: int, num_rows: int) -> None:
         launch, grid = few, num_rows
-        misaligned = (x_at | residual_at | weight_at | out_at | residual_out_at | hidden_size) & 15
+        misaligned = (x_at | residual_at | weight_at | out_at | residual_out_at | hidden_size | x_stride) & 15
         if num_rows >= below or misaligned:
             launch, grid = pick(num_rows, 1, misaligned)
         launch(
-            grid, x_at, residual_at, weight_at, out_at, residual_out_at, num_rows, hidden_size, 0, stride, epsilon
+            grid, x_at, residual_at, weight_at, out_at, residual_out_at, num_rows, x_stride, 0, stride, epsilon
         )  # fmt: skip
 
     return norm

@@ -31,11 +31,7 @@ class Paged(NamedTuple):
 
 
 class Step(NamedTuple):
-    """What all layers of a forward pass share. The tensors are kept, so that their addresses stay theirs.
-
-    scratch: memory for what does not outlive a layer, by what it is for. Layers follow one another on a stream, so each
-    can have the same. It goes with the step: no other thread's layers have it.
-    """
+    """What all layers of a forward pass share. The tensors are kept, so that their addresses stay theirs."""
 
     metadata: Any
     slot_mapping: Any
@@ -47,7 +43,6 @@ class Step(NamedTuple):
     block_table_at: int
     block_table_stride: int
     seq_lens_at: int
-    scratch: dict[Any, Any]
 
 
 def unknown_field(metadata: Any, known: set[str]) -> str | None:
@@ -99,7 +94,7 @@ def make_step(read: Callable[[Any], Paged], metadata: Any, slot_mapping: Any, po
         raise Refused("a KV connector waits for every layer")
     return Step(
         metadata, slot_mapping, positions, rows, max_seq_len, positions.data_ptr(), slot_mapping.data_ptr(),
-        block_table.data_ptr(), block_table.stride(0), seq_lens.data_ptr(), {},
+        block_table.data_ptr(), block_table.stride(0), seq_lens.data_ptr(),
     )  # fmt: skip
 
 
@@ -125,7 +120,7 @@ class Steps:
         refused = self._refused
         if metadata is not None and refused[0] is metadata and refused[1] is positions:
             raise Refused(refused[2])
-        self._last = None  # and with it its memory, which a prefill may need
+        self._last = None
         try:
             step = self._last = make_step(self._read, metadata, slot_mapping, positions)
         except Refused as refusal:
@@ -276,23 +271,57 @@ def parameters_of(layer: Any) -> list[Kept]:
     ]
 
 
-def addresses_of(*tensors: Any) -> list[int]:
+def addresses_of(*tensors: Any) -> tuple[int, ...]:
     """Read at each call, because loading may move what a parameter holds; 0 for None.
 
     Under `torch._C.DisableTorchFunctionSubclass` without asking a tensor's class, which vLLM derives from Parameter,
     what it thinks of that.
     """
-    return [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+    return tuple([0 if tensor is None else tensor.data_ptr() for tensor in tensors])
+
+
+# Gives so many bytes for what a layer computes on the way.
+Memory = Callable[[int], int]
+
+
+def workspace_for(rows: int, memory: Memory) -> int:
+    """What products of so many rows need beside their operands, one for all of a layer; 0 for nothing."""
+    from ..cublaslt import WORKSPACE
+
+    return memory(WORKSPACE) if rows > FEW_ROWS else 0
 
 
 def bind_projection(linear: Any, dtype: Any, device: int, gated: bool = False) -> Callable[..., None]:
-    """`bind_linear` for a linear layer of vLLM's; raises Refused for a weight of another dtype or device."""
+    """project(x_at, weight_at, bias_at, out_at, rows, memory, workspace_at) for a linear layer of vLLM's.
+
+    Of contiguous rows: few by our kernel, more by cuBLASLt. gated: with SiLU and the product of the two halves after
+    it. Raises Refused for a weight of another dtype or device, and for many rows where there is no cuBLASLt.
+    """
+    from ..cublaslt import bind_product
     from ..errors import Refused
+    from ..kernels.activation import bind_gated_rows
     from ..kernels.linear import Shape, bind_linear
 
     weight, bias = linear.weight, linear.bias
     if weight.dtype is not dtype or weight.get_device() != device:
         raise Refused(f"a weight in {weight.dtype} on {weight.device}, hidden states in {dtype}")
-    out_features, in_features = weight.shape
-    shape = Shape(in_features, out_features // 2 if gated else out_features, bias is not None, gated)
-    return bind_linear(shape, dtype, device)
+    all_features, in_features = weight.shape
+    has_bias, out_features = bias is not None, all_features // 2 if gated else all_features
+    few = bind_linear(Shape(in_features, out_features, has_bias, gated), dtype, device)
+    activate = bind_gated_rows("silu_and_mul", dtype, out_features, (), device) if gated else None
+
+    def project(
+        x_at: int, weight_at: int, bias_at: int, out_at: int, rows: int, memory: Memory, workspace_at: int
+    ) -> None:
+        if rows <= FEW_ROWS:
+            few(x_at, in_features, weight_at, bias_at, out_at, rows)
+            return
+        many = bind_product(in_features, all_features, has_bias, dtype, device)
+        if activate is None:
+            many(x_at, weight_at, bias_at, out_at, rows, workspace_at)
+            return
+        both_at = memory(rows * all_features * dtype.itemsize)
+        many(x_at, weight_at, bias_at, both_at, rows, workspace_at)
+        activate(both_at, all_features, out_at, rows)
+
+    return project

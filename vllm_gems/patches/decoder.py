@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from ..nouns import Patch
 from ..seams import KV_CACHE_LAYOUTS
 from .decode_steps import (
-    FEW_ROWS,
+    Memory,
     Paged,
     Step,
     Steps,
@@ -29,6 +29,7 @@ from .decode_steps import (
     rotary_refuses,
     source_hash,
     unknown_field,
+    workspace_for,
 )
 
 # What a decode step's metadata says that does not change what is computed, or that is read here. A field that is not
@@ -141,9 +142,8 @@ def _bind(layer: Any, hidden_states: Any) -> Callable[..., Any]:
     """call(step, kv_cache, hidden_states, residual) -> (hidden_states, residual) for this layer; raises Refused."""
     import torch
 
-    from ..cublaslt import WORKSPACE, bind_product
+    from .. import replay
     from ..errors import Refused, Unsettled
-    from ..kernels.activation import bind_activation
     from ..kernels.decode_attention import Heads, bind_decode_attention, splits
     from ..kernels.rms_norm import bind_norm_rows
     from ..kernels.rope_and_cache import Attention, bind_rope_and_cache
@@ -177,20 +177,7 @@ def _bind(layer: Any, hidden_states: Any) -> Callable[..., Any]:
         bind_projection(module, dtype, device) for module in (attention.qkv_proj, attention.o_proj, mlp.down_proj)
     )
     project_gate_up = bind_projection(mlp.gate_up_proj, dtype, device, gated=True)
-    products: tuple[Callable[..., None], ...] = ()  # of more than a few rows, settled when they first come
-    activate = bind_activation("silu_and_mul", dtype, 2 * intermediate_size, (), device)
-    empty, empty_bytes = allocator(device, dtype), allocator(device, torch.uint8)
-    sizes = dtype, device, hidden_size, qkv_size, q_size, intermediate_size
-
-    def scratch_for(rows: int) -> tuple[Any, ...]:
-        """What a layer computes on the way, and what is where."""
-        widths = [hidden_size, qkv_size, q_size, intermediate_size]
-        if rows > FEW_ROWS:
-            widths += [2 * intermediate_size]
-        tensors = [empty(rows, width) for width in widths]
-        if rows > FEW_ROWS:
-            tensors.append(empty_bytes(1, WORKSPACE))
-        return tensors, *(tensor.data_ptr() for tensor in tensors)
+    empty, itemsize = allocator(device, dtype), dtype.itemsize
 
     angles = _cache_of(rotary, hidden_states, own_dtype=rotary.use_flashinfer)
     known = [*parameters_of(layer), (rotary._buffers, "cos_sin_cache", angles)]
@@ -216,24 +203,50 @@ def _bind(layer: Any, hidden_states: Any) -> Callable[..., Any]:
     cache: _Cache | None = None
     write: Callable[..., None]
     attend: Any
+    run: Callable[[tuple[Any, ...], tuple[int, ...]], None]
 
-    def settle_cache(kv_cache: Any) -> _Cache:
-        nonlocal cache, write, attend
+    def settle_cache(kv_cache: Any) -> None:
+        nonlocal cache, write, attend, run
         found = _settle_cache(kv_cache, layout, head_size, hidden_states)
         rotation = rotary.rotary_dim, rotary.is_neox_style
         spec = Attention(heads, kv_heads, head_size, *rotation, found.block_size, qk_norm)
         write = bind_rope_and_cache(spec, dtype, angles.dtype, torch.int64, torch.int64, device)
         attend = bind_decode_attention(Heads(heads, kv_heads, head_size, found.block_size), dtype, device)
-        cache = found
-        return found
+        cache, run = found, replay.bind(device, launches)
 
-    def settle_products() -> tuple[Callable[..., None], ...]:
-        nonlocal products
-        products = tuple(
-            bind_product(weight.shape[1], weight.shape[0], bias is not None, dtype, device)
-            for weight, bias in zip(read[:4], read[4:8], strict=True)
+    def launches(
+        memory: Memory, rows: int, splits: int, is_first: bool, block_table_stride: int,
+        angles_at: int, cache_at: int, read_at: tuple[int, ...],
+        hidden_at: int, before_at: int, out_at: int, residual_at: int,
+        positions_at: int, slot_mapping_at: int, block_table_at: int, seq_lens_at: int,
+    ) -> None:  # fmt: skip
+        (
+            qkv_at, o_at, gate_up_at, down_at, qkv_bias_at, o_bias_at, gate_up_bias_at, down_bias_at,
+            q_weight_at, k_weight_at, input_weight_at, post_weight_at,
+        ) = read_at  # fmt: skip
+        kept: Any = cache
+        key_at, value_at = cache_at + kept.key_offset, cache_at + kept.value_offset
+        x_at, qkv_out_at, attended_at, active_at = (
+            memory(rows * width * itemsize) for width in (hidden_size, qkv_size, q_size, intermediate_size)
         )
-        return products
+        if is_first:
+            alone(residual_at, 0, input_weight_at, x_at, 0, rows)
+        else:
+            first(hidden_at, before_at, input_weight_at, x_at, residual_at, rows)
+        more = rows, memory, workspace_for(rows, memory)
+        project_qkv(x_at, qkv_at, qkv_bias_at, qkv_out_at, *more)
+        write(
+            qkv_out_at, qkv_size, positions_at, angles_at, key_at, value_at, kept.strides, slot_mapping_at,
+            q_weight_at, k_weight_at, epsilon, rows,
+        )  # fmt: skip
+        attend(
+            qkv_out_at, qkv_size, head_size, key_at, value_at, kept.strides, block_table_at, block_table_stride,
+            seq_lens_at, attended_at, q_size, rows, splits, scale,
+        )  # fmt: skip
+        project_o(attended_at, o_at, o_bias_at, x_at, *more)
+        second(x_at, residual_at, post_weight_at, x_at, residual_at, rows)
+        project_gate_up(x_at, gate_up_at, gate_up_bias_at, active_at, *more)
+        project_down(active_at, down_at, down_bias_at, out_at, *more)
 
     def call(step: Step, kv_cache: Any, hidden_states: Any, residual: Any) -> Any:
         rows = step.num_requests
@@ -247,57 +260,23 @@ def _bind(layer: Any, hidden_states: Any) -> Callable[..., Any]:
         for table, name, tensor in known:
             if table[name] is not tensor:
                 raise Unsettled("weights that were replaced")
-        kept = cache if cache is not None and cache.tensor is kv_cache else settle_cache(kv_cache)
+        if cache is None or cache.tensor is not kv_cache:
+            settle_cache(kv_cache)
         with plainly():
-            (
-                qkv_at, o_at, gate_up_at, down_at, qkv_bias_at, o_bias_at, gate_up_bias_at, down_bias_at,
-                q_weight_at, k_weight_at, input_weight_at, post_weight_at,
-            ) = addresses_of(*read)  # fmt: skip
-        cache_at = kv_cache.data_ptr()
-        key_at, value_at = cache_at + kept.key_offset, cache_at + kept.value_offset
-        scratch = step.scratch.get(sizes)
-        if scratch is None:
-            scratch = step.scratch[sizes] = scratch_for(rows)
-        is_few = rows <= FEW_ROWS
-        if is_few:
-            _, x_at, qkv_out_at, attended_at, active_at = scratch
-        else:
-            tensors, x_at, qkv_out_at, attended_at, active_at, gate_up_out_at, workspace_at = scratch
-            product_qkv, product_o, product_gate_up, product_down = products or settle_products()
+            read_at = addresses_of(*read)
+        is_first = residual is None
+        before, residual = residual, hidden_states.clone() if is_first else empty(rows, hidden_size)
         out = empty(rows, hidden_size)
-
-        if residual is None:
-            residual = hidden_states.clone()
-            alone(residual.data_ptr(), 0, input_weight_at, x_at, 0, rows)
-        else:
-            before, residual = residual, empty(rows, hidden_size)
-            first(hidden_states.data_ptr(), before.data_ptr(), input_weight_at, x_at, residual.data_ptr(), rows)
-        if is_few:
-            project_qkv(x_at, hidden_size, qkv_at, qkv_bias_at, qkv_out_at, rows)
-        else:
-            product_qkv(x_at, qkv_at, qkv_bias_at, qkv_out_at, rows, workspace_at)
-        write(
-            qkv_out_at, qkv_size, step.positions_at, angles.data_ptr(), key_at, value_at, kept.strides,
-            step.slot_mapping_at, q_weight_at, k_weight_at, epsilon, rows,
+        run(
+            (
+                rows, splits(rows, kv_heads, step.max_seq_len), is_first, step.block_table_stride, angles.data_ptr(),
+                kv_cache.data_ptr(), read_at,
+            ),
+            (
+                hidden_states.data_ptr(), 0 if is_first else before.data_ptr(), out.data_ptr(), residual.data_ptr(),
+                step.positions_at, step.slot_mapping_at, step.block_table_at, step.seq_lens_at,
+            ),
         )  # fmt: skip
-        attend(
-            qkv_out_at, qkv_size, head_size, key_at, value_at, kept.strides, step.block_table_at,
-            step.block_table_stride, step.seq_lens_at, attended_at, q_size, rows,
-            splits(rows, kv_heads, step.max_seq_len), scale,
-        )  # fmt: skip
-        if is_few:
-            project_o(attended_at, q_size, o_at, o_bias_at, x_at, rows)
-        else:
-            product_o(attended_at, o_at, o_bias_at, x_at, rows, workspace_at)
-        residual_at = residual.data_ptr()
-        second(x_at, residual_at, post_weight_at, x_at, residual_at, rows)
-        if is_few:
-            project_gate_up(x_at, hidden_size, gate_up_at, gate_up_bias_at, active_at, rows)
-            project_down(active_at, intermediate_size, down_at, down_bias_at, out.data_ptr(), rows)
-        else:
-            product_gate_up(x_at, gate_up_at, gate_up_bias_at, gate_up_out_at, rows, workspace_at)
-            activate(tensors[4], tensors[3])
-            product_down(active_at, down_at, down_bias_at, out.data_ptr(), rows, workspace_at)
         return out, residual
 
     return call

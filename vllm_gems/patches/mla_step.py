@@ -13,10 +13,11 @@ from typing import Any
 
 from ..nouns import Patch
 from .decode_steps import (
-    FEW_ROWS,
+    Memory,
     Paged,
     Step,
     Steps,
+    addresses_of,
     bind_projection,
     first_refusal,
     is_one_of,
@@ -26,6 +27,7 @@ from .decode_steps import (
     part_refuses,
     rotary_refuses,
     unknown_field,
+    workspace_for,
 )
 
 # What a decode step's metadata says that does not change what is computed, or that is read here. A field that is not
@@ -124,15 +126,22 @@ def layer_refuses(layer: Any) -> str | None:
 # One layer's launches
 
 
+def _steady(count: int) -> int:
+    """Rounded down to three binary digits: a context that grows changes it seldom, and a recording is for one."""
+    unit = 1 << max(count.bit_length() - 3, 0)
+    return count // unit * unit
+
+
 def _bind(layer: Any, hidden_states: Any) -> Callable[..., Any]:
     """call(step, kv_cache, hidden_states) -> what the layer returns; raises Refused."""
     import torch
 
+    from .. import replay
     from ..errors import Refused, Unsettled
     from ..kernels.head_linear import HeadShape, along_out, bind_head_linear
     from ..kernels.mla_decode import Latents, bind_mla_decode, shares
     from ..kernels.mla_rope_and_cache import Projected, bind_mla_rope_and_cache
-    from ..kernels.rms_norm import bind_rms_norm
+    from ..kernels.rms_norm import bind_norm_rows
     from ..launch import allocator
     from .rotary import _cache_of
 
@@ -148,7 +157,8 @@ def _bind(layer: Any, hidden_states: Any) -> Callable[..., Any]:
     if q_lora:
         kv_linear, q_linear = layer.fused_qkv_a_proj, layer.q_b_proj
         q_norm = layer.q_a_layernorm
-        norm = bind_rms_norm(dtype, q_norm.weight.dtype, q_lora, q_norm.variance_epsilon, None, False, device)
+        settled = dtype, q_norm.weight.dtype, q_lora, q_norm.variance_epsilon
+        norm = bind_norm_rows(*settled, False, False, device, q_lora + width)
     else:
         kv_linear, q_linear = layer.kv_a_proj_with_mqa, layer.q_proj
     absorbed, values = attn.W_UK_T, attn.W_UV
@@ -169,53 +179,39 @@ def _bind(layer: Any, hidden_states: Any) -> Callable[..., Any]:
     for name in ("W_UK_T", "W_UV"):  # no parameters until 0.24
         if name in vars(attn):
             known.append((vars(attn), name, getattr(attn, name)))
-    empty, empty_lse, multiply = allocator(device, dtype), allocator(device, torch.float32), torch._C._nn.linear
-    plainly = torch._C.DisableTorchFunctionSubclass
+    read = kv_linear, q_linear, layer.o_proj
+    read = (
+        *(linear.weight for linear in read), *(linear.bias for linear in read), absorbed, values, kv_norm.weight,
+        q_norm.weight if q_lora else None, angles,
+    )  # fmt: skip
+    empty, itemsize, plainly = allocator(device, dtype), dtype.itemsize, torch._C.DisableTorchFunctionSubclass
 
-    def projection(linear: Any) -> Callable[[Any, int], Any]:
-        weight, bias, few = linear.weight, linear.bias, bind_projection(linear, dtype, device)
-        out_features, in_features = weight.shape
-
-        def project(x: Any, rows: int) -> Any:
-            if rows > FEW_ROWS:
-                return multiply(x, weight, bias)
-            y = empty(rows, out_features)
-            bias_at = 0 if bias is None else bias.data_ptr()
-            few(x.data_ptr(), in_features, weight.data_ptr(), bias_at, y.data_ptr(), rows)
-            return y
-
-        return project
-
-    def head_projection(weight: Any, x_size: int) -> Callable[[Any, int], Any]:
-        """The first elements of each head's `x_size` multiplied by the head's own weight."""
+    def head_projection(weight: Any, x_size: int) -> Callable[[int, int, int, int], None]:
+        """(x_at, weight_at, out_at, rows): the first elements of each head's `x_size` multiplied by the head's own."""
         in_features, out_features = weight.shape[1:]
         order = along_out(weight)
         if order is None:
             raise Refused(f"absorbed weights of strides {weight.stride()}")
-        few = bind_head_linear(HeadShape(heads, in_features, out_features, order), dtype, device)
+        each = bind_head_linear(HeadShape(heads, in_features, out_features, order), dtype, device)
         strides = weight.stride(0), weight.stride(1 if order else 2)
+        return lambda x_at, weight_at, out_at, rows: each(
+            x_at, heads * x_size, x_size, weight_at, *strides, out_at, rows
+        )
 
-        def project(x: Any, rows: int) -> Any:
-            y = empty(rows, heads * out_features)
-            if rows > FEW_ROWS:
-                parts = x.view(rows, heads, x_size)[..., :in_features].transpose(0, 1)
-                torch.bmm(parts, weight, out=y.view(rows, heads, out_features).transpose(0, 1))
-            else:
-                few(x.data_ptr(), heads * x_size, x_size, weight.data_ptr(), *strides, y.data_ptr(), rows)
-            return y
-
-        return project
-
-    project_kv, project_q, project_o = projection(kv_linear), projection(q_linear), projection(layer.o_proj)
+    project_kv, project_q, project_o = (
+        bind_projection(linear, dtype, device) for linear in (kv_linear, q_linear, layer.o_proj)
+    )
     absorb, expand = head_projection(absorbed, head_size), head_projection(values, latent)
-    epsilon, rope_offset, kv_offset = kv_norm.variance_epsilon, nope * dtype.itemsize, q_lora * dtype.itemsize
+    epsilon, rope_offset, kv_offset = kv_norm.variance_epsilon, nope * itemsize, q_lora * itemsize
+    out_features = layer.o_proj.weight.shape[0]
 
     cache: Any = None
     write: Callable[..., None]
     attend: Callable[..., None]
+    run: Callable[[tuple[Any, ...], tuple[int, ...]], None]
 
     def settle_cache(kv_cache: Any) -> None:
-        nonlocal cache, write, attend
+        nonlocal cache, write, attend, run
         if kv_cache.dtype is not dtype or kv_cache.get_device() != device or kv_cache.numel() == 0:
             raise Refused(f"a KV cache in {kv_cache.dtype} on {kv_cache.device}, hidden states in {dtype}")
         strides = kv_cache.stride()
@@ -225,7 +221,40 @@ def _bind(layer: Any, hidden_states: Any) -> Callable[..., Any]:
         projected = Projected(heads, latent, rope, rotary.is_neox_style, block_size)
         write = bind_mla_rope_and_cache(projected, dtype, angles.dtype, torch.int64, torch.int64, device)
         attend = bind_mla_decode(Latents(heads, latent, rope, block_size), dtype, device)
-        cache = kv_cache
+        cache, run = kv_cache, replay.bind(device, launches)
+
+    def launches(
+        memory: Memory, rows: int, shares: int, block_table_stride: int, cache_at: int, read_at: tuple[int, ...],
+        hidden_at: int, out_at: int, positions_at: int, slot_mapping_at: int, block_table_at: int, seq_lens_at: int,
+    ) -> None:  # fmt: skip
+        (
+            kv_weight_at, q_weight_at, o_weight_at, kv_bias_at, q_bias_at, o_bias_at, absorbed_at, values_at,
+            kv_norm_at, q_norm_at, angles_at,
+        ) = read_at  # fmt: skip
+        more = rows, memory, workspace_for(rows, memory)
+        kv_at, q_at, query_at, attended_at, expanded_at = (
+            memory(rows * each * itemsize)
+            for each in (q_lora + width, heads * head_size, heads * latent, heads * latent, heads * value_size)
+        )
+        project_kv(hidden_at, kv_weight_at, kv_bias_at, kv_at, *more)
+        q_input_at = hidden_at
+        if q_lora:
+            q_input_at = memory(rows * q_lora * itemsize)
+            norm(kv_at, 0, q_norm_at, q_input_at, 0, rows)
+        project_q(q_input_at, q_weight_at, q_bias_at, q_at, *more)
+        q_rope_at, block_stride = q_at + rope_offset, cache.stride(0)
+        write(
+            q_rope_at, heads * head_size, head_size, kv_at + kv_offset, q_lora + width, kv_norm_at, positions_at,
+            angles_at, cache_at, block_stride, width, slot_mapping_at, epsilon, rows,
+        )  # fmt: skip
+        absorb(q_at, absorbed_at, query_at, rows)
+        attend(
+            query_at, heads * latent, latent, q_rope_at, heads * head_size, head_size, cache_at, block_stride,
+            block_table_at, block_table_stride, seq_lens_at, attended_at, heads * latent, memory(rows * heads * 4),
+            rows, shares, scale,
+        )  # fmt: skip
+        expand(attended_at, values_at, expanded_at, rows)
+        project_o(expanded_at, o_weight_at, o_bias_at, out_at, *more)
 
     def call(step: Step, kv_cache: Any, hidden_states: Any) -> Any:
         rows = step.num_requests
@@ -242,22 +271,20 @@ def _bind(layer: Any, hidden_states: Any) -> Callable[..., Any]:
                 raise Unsettled("weights that were replaced")
         if kv_cache is not cache:
             settle_cache(kv_cache)
-        with plainly():  # what vLLM derives from Parameter is not asked what it thinks of being read
-            kv = project_kv(hidden_states, rows)
-            q = project_q(norm(kv[:, :q_lora], q_norm.weight) if q_lora else hidden_states, rows)
-            q_rope_at, cache_at, block_stride = q.data_ptr() + rope_offset, kv_cache.data_ptr(), kv_cache.stride(0)
-            write(
-                q_rope_at, heads * head_size, head_size, kv.data_ptr() + kv_offset, q_lora + width,
-                kv_norm.weight.data_ptr(), step.positions_at, angles.data_ptr(), cache_at, block_stride, width,
-                step.slot_mapping_at, epsilon, rows,
-            )  # fmt: skip
-            query, out, lse = absorb(q, rows), empty(rows, heads * latent), empty_lse(rows, heads)
-            attend(
-                query.data_ptr(), heads * latent, latent, q_rope_at, heads * head_size, head_size, cache_at,
-                block_stride, step.block_table_at, step.block_table_stride, step.seq_lens_at, out.data_ptr(),
-                heads * latent, lse.data_ptr(), rows, shares(rows, heads, step.max_seq_len, device), scale,
-            )  # fmt: skip
-            return project_o(expand(out, rows), rows)
+        with plainly():
+            read_at = addresses_of(*read)
+        out = empty(rows, out_features)
+        run(
+            (
+                rows, _steady(shares(rows, heads, step.max_seq_len, device)), step.block_table_stride,
+                kv_cache.data_ptr(), read_at,
+            ),
+            (
+                hidden_states.data_ptr(), out.data_ptr(), step.positions_at, step.slot_mapping_at, step.block_table_at,
+                step.seq_lens_at,
+            ),
+        )  # fmt: skip
+        return out
 
     return call
 

@@ -1,0 +1,318 @@
+"""Draft."""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    async_copy,
+    fence_async_shared,
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+ROWS = gl.constexpr(64)
+PAIR = gl.constexpr(128)
+LATENT = gl.constexpr(512)
+HALF = gl.constexpr(256)
+ROPE = gl.constexpr(64)
+WIDTH = gl.constexpr(576)
+LOG2E = gl.constexpr(1.4426950408889634)
+LN2 = gl.constexpr(0.6931471805599453)
+
+_SCORES = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16]))
+_SUMS = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 256, 16]))
+_COPY = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0]))
+_LINE = gl.constexpr(gl.BlockedLayout([2], [32], [4], [0]))
+
+# Barriers.
+_Q_FULL = gl.constexpr(0)
+_Q_EMPTY = gl.constexpr(1)
+_FULL = gl.constexpr(2)  # + 2 * tile + half
+_EMPTY = gl.constexpr(6)  # + 2 * tile + half
+_P = gl.constexpr(10)  # + tile
+_L = gl.constexpr(12)  # + half
+_BARRIERS = gl.constexpr(14)
+
+
+@gluon.jit
+def _plus(a, b):
+    return a + b
+
+
+@gluon.jit
+def _pairs_of(seq_lens_ptr, base, num_reqs, REQS: gl.constexpr):
+    at = base + gl.arange(0, REQS, layout=_LINE)
+    length = gl.load(seq_lens_ptr + at, mask=at < num_reqs, other=0)
+    return gl.where(at < num_reqs, gl.maximum((length + 127) // 128, 1), 0)
+
+
+@gluon.jit
+def _produce(
+    query, query_rope, latent, rope, bars,
+    query_ptr, query_rope_ptr, cache_ptr, block_table_ptr, seq_lens_ptr,
+    query_stride, query_head_stride, query_rope_stride, query_rope_head_stride, cache_block_stride, block_table_stride,
+    head, request, position, todo,
+    BLOCK_SIZE: gl.constexpr, ABLATE: gl.constexpr,
+):
+    row = gl.arange(0, 64, layout=gl.SliceLayout(1, _COPY))
+    dim = gl.arange(0, HALF, layout=gl.SliceLayout(0, _COPY))
+    dim_rope = gl.arange(0, ROPE, layout=gl.SliceLayout(0, _COPY))
+    step = 0
+    piece = 0
+    while todo > 0:
+        seq_len = gl.load(seq_lens_ptr + request)
+        pairs = gl.maximum((seq_len + 127) // 128, 1)
+        stop = gl.minimum(pairs, position + todo)
+        pages_ptr = block_table_ptr + request.to(gl.int64) * block_table_stride
+        page_a = gl.load(pages_ptr + position * 2, mask=position * 128 < seq_len, other=0)
+        page_b = gl.load(pages_ptr + position * 2 + 1, mask=position * 128 + 64 < seq_len, other=0)
+        query_at = query_ptr + request.to(gl.int64) * query_stride + ((head + row) * query_head_stride)[:, None]
+        rope_at = query_rope_ptr + request.to(gl.int64) * query_rope_stride
+        rope_at += ((head + row) * query_rope_head_stride)[:, None]
+        mbarrier.wait(bars.index(_Q_EMPTY), (piece & 1) ^ 1)
+        async_copy.async_copy_global_to_shared(query.index(0), query_at + dim[None, :])
+        async_copy.async_copy_global_to_shared(query.index(1), query_at + (HALF + dim)[None, :])
+        async_copy.async_copy_global_to_shared(query_rope.index(0), rope_at + dim_rope[None, :])
+        async_copy.mbarrier_arrive(bars.index(_Q_FULL), increment_count=False)
+        for pair in range(position, stop):
+            parity = (step & 1) ^ 1
+            next_a = gl.load(pages_ptr + pair * 2 + 2, mask=(pair * 128 + 128 < seq_len) & (pair + 1 < stop), other=0)
+            next_b = gl.load(pages_ptr + pair * 2 + 3, mask=(pair * 128 + 192 < seq_len) & (pair + 1 < stop), other=0)
+            for tile in gl.static_range(2):
+                page = page_a if tile == 0 else page_b
+                live = (pair * 128 + tile * 64 + row < seq_len)[:, None]
+                token_at = cache_ptr + page.to(gl.int64) * cache_block_stride + (row * WIDTH)[:, None]
+                mbarrier.wait(bars.index(_EMPTY + 2 * tile), parity)
+                if ABLATE != 1:
+                    async_copy.async_copy_global_to_shared(latent.index(2 * tile), token_at + dim[None, :], mask=live)
+                async_copy.mbarrier_arrive(bars.index(_FULL + 2 * tile), increment_count=False)
+                mbarrier.wait(bars.index(_EMPTY + 2 * tile + 1), parity)
+                if ABLATE != 1:
+                    async_copy.async_copy_global_to_shared(
+                        latent.index(2 * tile + 1), token_at + (HALF + dim)[None, :], mask=live
+                    )
+                    async_copy.async_copy_global_to_shared(
+                        rope.index(tile), token_at + (LATENT + dim_rope)[None, :], mask=live
+                    )
+                async_copy.mbarrier_arrive(bars.index(_FULL + 2 * tile + 1), increment_count=False)
+            page_a = next_a
+            page_b = next_b
+            step += 1
+        todo -= stop - position
+        position = 0
+        request += 1
+        piece += 1
+
+
+@gluon.jit
+def _consume(
+    WHICH: gl.constexpr,
+    query, query_rope, latent, rope, stats, bars,
+    seq_lens_ptr, out_ptr, lse_ptr, partial_ptr, partial_lse_ptr, pieces_ptr,
+    out_stride, scale, head, request, position, todo, index, share, shares,
+    HEADS: gl.constexpr, SPLIT: gl.constexpr, OPAQUE: gl.constexpr, ABLATE: gl.constexpr,
+):
+    OTHER: gl.constexpr = 1 - WHICH
+    dtype: gl.constexpr = query.dtype
+    column = gl.arange(0, 64, layout=gl.SliceLayout(0, _SCORES))
+    by_row: gl.constexpr = gl.SliceLayout(1, _SCORES)
+    by_sum: gl.constexpr = gl.SliceLayout(1, _SUMS)
+    log2_scale = scale * LOG2E
+    step = 0
+    piece = 0
+    line = index * share
+    while todo > 0:
+        seq_len = gl.load(seq_lens_ptr + request)
+        pairs = gl.maximum((seq_len + 127) // 128, 1)
+        stop = gl.minimum(pairs, position + todo)
+        top = gl.full([64], -3.0e38, gl.float32, layout=by_row)
+        total = gl.full([64], 0.0, gl.float32, layout=by_row)
+        acc = gl.full([64, HALF], 0.0, gl.float32, layout=_SUMS)
+        mbarrier.wait(bars.index(_Q_FULL), piece & 1)
+        for pair in range(position, stop):
+            parity = step & 1
+            if ABLATE == 2:
+                mbarrier.wait(bars.index(_FULL + 2 * WHICH), parity)
+                mbarrier.wait(bars.index(_FULL + 2 * WHICH + 1), parity)
+                mbarrier.wait(bars.index(_FULL + 2 * OTHER + WHICH), parity)
+                mbarrier.arrive(bars.index(_Q_EMPTY), pred=pair + 1 == stop)
+                if WHICH == 0:
+                    mbarrier.arrive(bars.index(_EMPTY))
+                    mbarrier.arrive(bars.index(_EMPTY + 2))
+                mbarrier.arrive(bars.index(_EMPTY + 1))
+                mbarrier.arrive(bars.index(_EMPTY + 3))
+            else:
+                if OPAQUE:
+                    zero = gl.inline_asm_elementwise("and.b32 $0, $1, 0;", "=r,r", [step], dtype=gl.int32, is_pure=False, pack=1)
+                else:
+                    zero = 0
+                score = gl.full([64, 64], 0.0, gl.float32, layout=_SCORES)
+                mbarrier.wait(bars.index(_FULL + 2 * WHICH), parity)
+                fence_async_shared()
+                score = warpgroup_mma(
+                    query.index(zero + 0), latent.index(zero + 2 * WHICH).permute([1, 0]), score, use_acc=False, is_async=True
+                )
+                mbarrier.wait(bars.index(_FULL + 2 * WHICH + 1), parity)
+                fence_async_shared()
+                score = warpgroup_mma(query.index(zero + 1), latent.index(zero + 2 * WHICH + 1).permute([1, 0]), score, is_async=True)
+                score = warpgroup_mma(query_rope.index(zero), rope.index(zero + WHICH).permute([1, 0]), score, is_async=True)
+                score = warpgroup_mma_wait(0, deps=[score])
+                mbarrier.arrive(bars.index(_Q_EMPTY), pred=pair + 1 == stop)
+                score = score * log2_scale
+                score = gl.where((pair * 128 + WHICH * 64 + column < seq_len)[None, :], score, float("-inf"))
+                highest = gl.max(score, axis=1)
+                if WHICH == 0:
+                    higher = gl.maximum(top, highest)
+                    shrink = gl.exp2(top - higher)
+                else:
+                    mbarrier.wait(bars.index(_P), parity)
+                    top = stats.index(0).load(by_row)
+                    shrink_a = stats.index(1).load(by_row)
+                    higher = gl.maximum(top, highest)
+                    shrink = gl.exp2(top - higher)
+                p = gl.exp2(score - higher[:, None])
+                stats.index(2 * WHICH).store(higher)
+                stats.index(2 * WHICH + 1).store(shrink)
+                rope.index(zero + WHICH).store(p.to(dtype))
+                fence_async_shared()
+                mbarrier.arrive(bars.index(_P + WHICH))
+                if WHICH == 0:
+                    total = total * shrink + gl.sum(p, axis=1)
+                    acc = acc * gl.convert_layout(shrink, by_sum)[:, None]
+                    acc = warpgroup_mma(rope.index(zero + 0), latent.index(zero + 0), acc, is_async=True)
+                    mbarrier.wait(bars.index(_P + 1), parity)
+                    top = stats.index(2).load(by_row)
+                    shrink_b = stats.index(3).load(by_row)
+                    total = total * shrink_b
+                    acc = warpgroup_mma_wait(0, deps=[acc])
+                    mbarrier.arrive(bars.index(_EMPTY))
+                    mbarrier.arrive(bars.index(_EMPTY + 1))
+                    acc = acc * gl.convert_layout(shrink_b, by_sum)[:, None]
+                    mbarrier.wait(bars.index(_FULL + 2), parity)
+                    fence_async_shared()
+                    acc = warpgroup_mma(rope.index(zero + 1), latent.index(zero + 2), acc, is_async=True)
+                    acc = warpgroup_mma_wait(0, deps=[acc])
+                    mbarrier.arrive(bars.index(_EMPTY + 2))
+                    mbarrier.arrive(bars.index(_EMPTY + 3))
+                else:
+                    top = higher
+                    total = total * shrink_a * shrink + gl.sum(p, axis=1)
+                    acc = acc * gl.convert_layout(shrink_a, by_sum)[:, None]
+                    mbarrier.wait(bars.index(_FULL + 1), parity)
+                    fence_async_shared()
+                    acc = warpgroup_mma(rope.index(zero + 0), latent.index(zero + 1), acc, is_async=True)
+                    acc = warpgroup_mma_wait(0, deps=[acc])
+                    mbarrier.arrive(bars.index(_EMPTY + 1))
+                    acc = acc * gl.convert_layout(shrink, by_sum)[:, None]
+                    acc = warpgroup_mma(rope.index(zero + 1), latent.index(zero + 3), acc, is_async=True)
+                    acc = warpgroup_mma_wait(0, deps=[acc])
+                    mbarrier.arrive(bars.index(_EMPTY + 3))
+            step += 1
+
+        stats.index(4 + WHICH).store(total)
+        mbarrier.arrive(bars.index(_L + WHICH))
+        mbarrier.wait(bars.index(_L + OTHER), piece & 1)
+        total += stats.index(4 + OTHER).load(by_row)
+        divisor = gl.where(total == 0.0, 1.0, total)
+        lse = gl.where(total == 0.0, float("-inf"), top + gl.log2(divisor))
+        result = acc * (1.0 / gl.convert_layout(divisor, by_sum))[:, None]
+        row = head + gl.arange(0, 64, layout=by_row)
+        row_sum = head + gl.arange(0, 64, layout=by_sum)
+        dim = WHICH * HALF + gl.arange(0, HALF, layout=gl.SliceLayout(0, _SUMS))
+        whole = (position == 0) & (stop == pairs)
+        if SPLIT:
+            if (WHICH == 0) & (head == 0) & (position == 0):
+                others = gl.where(whole, 0, (line + pairs - 1) // share - index)
+                gl.store(pieces_ptr + request * 2, index + 1)
+                gl.store(pieces_ptr + request * 2 + 1, gl.where(whole, 0, 2 * others + 1))
+        if whole:
+            out_at = out_ptr + request.to(gl.int64) * out_stride
+            gl.store(out_at + (row_sum * LATENT)[:, None] + dim[None, :], result.to(dtype))
+            if WHICH == 0:
+                gl.store(lse_ptr + request * HEADS + row, lse * LN2)
+        else:
+            if SPLIT:
+                place = gl.where(position == 0, shares + index + 1, index).to(gl.int64) * HEADS
+                gl.store(partial_ptr + place * LATENT + (row_sum * LATENT)[:, None] + dim[None, :], result)
+                if WHICH == 0:
+                    gl.store(partial_lse_ptr + place + row, lse)
+        line += stop - position
+        todo -= stop - position
+        position = 0
+        request += 1
+        piece += 1
+
+
+@gluon.jit
+def mla_decode_hopper_kernel(
+    query_ptr, query_rope_ptr, cache_ptr, block_table_ptr, seq_lens_ptr, out_ptr, lse_ptr,
+    partial_ptr, partial_lse_ptr, pieces_ptr,
+    query_stride, query_head_stride, query_rope_stride, query_rope_head_stride, cache_block_stride, block_table_stride,
+    out_stride, num_reqs, shares, scale,
+    HEADS: gl.constexpr, BLOCK_SIZE: gl.constexpr, SPLIT: gl.constexpr, REQS: gl.constexpr,
+    CONSUMER_REGS: gl.constexpr, PRODUCER_REGS: gl.constexpr, OPAQUE: gl.constexpr,
+    ABLATE: gl.constexpr,
+):
+    HEAD_TILES: gl.constexpr = HEADS // ROWS
+    index = gl.program_id(0) // HEAD_TILES
+    head = gl.program_id(0) % HEAD_TILES * ROWS
+    if SPLIT:
+        total = 0
+        for base in range(0, num_reqs, REQS):
+            total += gl.sum(_pairs_of(seq_lens_ptr, base, num_reqs, REQS), axis=0)
+        share = (total + shares - 1) // shares
+        start = index * share
+        todo = gl.minimum(total - start, share)
+        request = 0
+        before = 0
+        end = 0
+        for base in range(0, num_reqs, REQS):
+            pairs = _pairs_of(seq_lens_ptr, base, num_reqs, REQS)
+            ends = end + gl.associative_scan(pairs, 0, _plus)
+            passed = (ends <= start) & (pairs > 0)
+            request += gl.sum(passed.to(gl.int32), axis=0)
+            before = gl.maximum(before, gl.max(gl.where(passed, ends, 0), axis=0))
+            end += gl.sum(pairs, axis=0)
+        position = start - before
+    else:
+        share = 0
+        request = index
+        position = 0
+        todo = gl.maximum((gl.load(seq_lens_ptr + request) + 127) // 128, 1)
+
+    dtype: gl.constexpr = query_ptr.dtype.element_ty
+    swizzled: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=2)
+    plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    query = gl.allocate_shared_memory(dtype, [2, 64, HALF], swizzled)
+    query_rope = gl.allocate_shared_memory(dtype, [1, 64, ROPE], swizzled)
+    latent = gl.allocate_shared_memory(dtype, [4, 64, HALF], swizzled)
+    rope = gl.allocate_shared_memory(dtype, [2, 64, ROPE], swizzled)
+    stats = gl.allocate_shared_memory(gl.float32, [6, 64], plain)
+    bars = gl.allocate_shared_memory(gl.int64, [_BARRIERS, 1], mbarrier.MBarrierLayout())
+    mbarrier.init(bars.index(_Q_FULL), count=128)
+    mbarrier.init(bars.index(_Q_EMPTY), count=2)
+    for tile in gl.static_range(2):
+        mbarrier.init(bars.index(_FULL + 2 * tile), count=128)
+        mbarrier.init(bars.index(_FULL + 2 * tile + 1), count=128)
+        mbarrier.init(bars.index(_EMPTY + 2 * tile), count=1)
+        mbarrier.init(bars.index(_EMPTY + 2 * tile + 1), count=2)
+        mbarrier.init(bars.index(_P + tile), count=1)
+        mbarrier.init(bars.index(_L + tile), count=1)
+    gl.warp_specialize(
+        [
+            (_consume, (0, query, query_rope, latent, rope, stats, bars,
+                seq_lens_ptr, out_ptr, lse_ptr, partial_ptr, partial_lse_ptr, pieces_ptr,
+                out_stride, scale, head, request, position, todo, index, share, shares, HEADS, SPLIT, OPAQUE, ABLATE)),
+            (_consume, (1, query, query_rope, latent, rope, stats, bars,
+                seq_lens_ptr, out_ptr, lse_ptr, partial_ptr, partial_lse_ptr, pieces_ptr,
+                out_stride, scale, head, request, position, todo, index, share, shares, HEADS, SPLIT, OPAQUE, ABLATE)),
+            (_produce, (query, query_rope, latent, rope, bars,
+                query_ptr, query_rope_ptr, cache_ptr, block_table_ptr, seq_lens_ptr,
+                query_stride, query_head_stride, query_rope_stride, query_rope_head_stride,
+                cache_block_stride, block_table_stride, head, request, position, todo, BLOCK_SIZE, ABLATE)),
+        ],
+        [4, 4],
+        [CONSUMER_REGS, PRODUCER_REGS],
+    )
