@@ -21,9 +21,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))  # run as a script, this file is in no package
-sys.path.insert(0, str(ROOT / "tools"))
+# Run as a script, this file is in no package.
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tools"))
 
 import engine
 import flash_on_cpu
