@@ -13,6 +13,7 @@ if tokens differ although the arithmetic is float32; in bfloat16 two right kerne
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import sys
@@ -131,7 +132,8 @@ def main() -> None:
         stock, stock_texts = generate(llm, prompts, max_tokens)
         stock_speed = timed(llm, prompts, max_tokens) if gpu else ""
 
-    print(f"\n{report}\n")
+    used = tuple(row for row in report.rows if row.hits or row.declined or row.errors)
+    print(f"\n{dataclasses.replace(report, rows=used)}\n")
     for at, prompt in enumerate(prompts):
         print(prompt if isinstance(prompt, str) else f"prompt {at + 1}, of {len(prompt['prompt_token_ids'])} tokens")
         for name, tokens, texts in (("without", stock, stock_texts), ("with", ours, our_texts)):
