@@ -96,8 +96,10 @@ MANY_ROWS = 100
 LONGEST_S = 400 if shutil.which("nvidia-smi") else 1500
 # Weights that are drawn in one piece; more than any parameter of a dense model has.
 _DRAWN_AT_ONCE = 1 << 30
+# Tokens of a block of the KV cache, at most: so many of a request's may be empty.
+_BLOCK = 64
 # Engines that only decode for comparison run beside each other if their weights fit into this.
-_BESIDE_BYTES = 56 << 30
+_BESIDE_BYTES = 66 << 30
 
 # What the engine is told in each mode.
 MODES: dict[str, dict[str, Any]] = {"eager": {"enforce_eager": True}, "compiled": {}}
@@ -546,12 +548,12 @@ def cache_bytes(model: Model, side: Side, spec: dict[str, Any]) -> int:
     """Room for everything that an engine runs, the prompts that wait in the prefix cache among it."""
     itemsize = 4 if side.dtype == "float32" else 2
     timed = spec["timed"] or spec["turns"]
-    tokens = max(COMPARED) * (PROMPT + GREEDY) + sum(MIXED) + len(MIXED) * MIXED_TOKENS + PROMPT + LONG
+    tokens = (max(COMPARED) + 1) * (PROMPT + GREEDY + _BLOCK) + sum(MIXED) + len(MIXED) * (MIXED_TOKENS + _BLOCK) + LONG
     if timed:
         most, steps = max(spec["batches"]), WARMUP + spec["steps"] + 2
         waiting = sum(context for context in spec["contexts"] if context != PROMPT)
         # The least recently used blocks are taken first: those of three bursts come before those that wait.
-        tokens = max(tokens, most * (waiting + 3 * (PROMPT + steps)), *spec["prefill"])
+        tokens = max(tokens, most * (waiting + 3 * (PROMPT + steps + _BLOCK)), *spec["prefill"])
     return max((8 if timed else 1) << 30, int(1.03 * model.cache_bytes(tokens, itemsize, side.absorbed)))
 
 
@@ -603,7 +605,8 @@ def run_all(args: argparse.Namespace, model: Model, out: Path) -> dict[str, dict
         beside.append((compare_with_reference, ()))
     for side in map(compiled_side, args.against_compiled if args.times else ()):
         alone.append((side, f"{side.name}-0", {"timed": True, "verify": []}))
-    fit = (len(beside) + 1) * model.weight_bytes(2) <= _BESIDE_BYTES  # float32 counts twice
+    # float32 counts twice.
+    fit = has_gpu() and (len(beside) + 1) * model.weight_bytes(2) <= _BESIDE_BYTES
     with ThreadPoolExecutor(None if fit else 1) as pool:
         for future in [pool.submit(function, *arguments) for function, arguments in beside]:
             future.result()
