@@ -9,10 +9,11 @@ their own.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..nouns import Patch
 from .decode_steps import (
+    Kept,
     Memory,
     Paged,
     Step,
@@ -132,23 +133,32 @@ def _steady(count: int) -> int:
     return count // unit * unit
 
 
-def _bind(layer: Any, hidden_states: Any) -> Callable[..., Any]:
-    """call(step, kv_cache, hidden_states) -> what the layer returns; raises Refused."""
+class Block(NamedTuple):
+    """An attention block, settled."""
+
+    known: list[Kept]  # parameters, by where they are kept
+    read: tuple[Any, ...]  # tensors whose addresses `launches` takes
+    settle_cache: Callable[[Any], None]  # for the layer's KV cache; raises Refused
+    facts: Callable[[Step], tuple[int, ...]]  # what of a step decides which launches there are
+    # launches(memory, rows, facts, read_at, cache_at, hidden_at, out_at, *addresses of the step)
+    launches: Callable[..., None]
+
+
+def bind_block(layer: Any, hidden_states: Any) -> Block:
+    """Raises Refused for a block that is not made of what is settled here."""
     import torch
 
-    from .. import replay
-    from ..errors import Refused, Unsettled
+    from ..errors import Refused
     from ..kernels.head_linear import HeadShape, along_out, bind_head_linear
     from ..kernels.mla_decode import Latents, bind_mla_decode, shares
     from ..kernels.mla_rope_and_cache import Projected, bind_mla_rope_and_cache
     from ..kernels.rms_norm import bind_norm_rows
-    from ..launch import allocator
     from .rotary import _cache_of
 
     if reason := layer_refuses(layer):
         raise Refused(reason)
     attn, rotary, kv_norm = layer.mla_attn, layer.rotary_emb, layer.kv_a_layernorm
-    impl, scale = attn.impl, float(attn.impl.scale)
+    scale, itemsize = float(attn.impl.scale), hidden_states.dtype.itemsize
     dtype, device, hidden_size = hidden_states.dtype, hidden_states.get_device(), hidden_states.shape[-1]
     heads, nope, rope, value_size = layer.num_heads, layer.qk_nope_head_dim, layer.qk_rope_head_dim, layer.v_head_dim
     q_lora, latent = layer.q_lora_rank or 0, layer.kv_lora_rank
@@ -184,7 +194,6 @@ def _bind(layer: Any, hidden_states: Any) -> Callable[..., Any]:
         *(linear.weight for linear in read), *(linear.bias for linear in read), absorbed, values, kv_norm.weight,
         q_norm.weight if q_lora else None, angles,
     )  # fmt: skip
-    empty, itemsize, plainly = allocator(device, dtype), dtype.itemsize, torch._C.DisableTorchFunctionSubclass
 
     def head_projection(weight: Any, x_size: int) -> Callable[[int, int, int, int], None]:
         """(x_at, weight_at, out_at, rows): the first elements of each head's `x_size` multiplied by the head's own."""
@@ -203,15 +212,12 @@ def _bind(layer: Any, hidden_states: Any) -> Callable[..., Any]:
     )
     absorb, expand = head_projection(absorbed, head_size), head_projection(values, latent)
     epsilon, rope_offset, kv_offset = kv_norm.variance_epsilon, nope * itemsize, q_lora * itemsize
-    out_features = layer.o_proj.weight.shape[0]
-
-    cache: Any = None
+    block_stride = 0
     write: Callable[..., None]
     attend: Callable[..., None]
-    run: Callable[[tuple[Any, ...], tuple[int, ...]], None]
 
     def settle_cache(kv_cache: Any) -> None:
-        nonlocal cache, write, attend, run
+        nonlocal block_stride, write, attend
         if kv_cache.dtype is not dtype or kv_cache.get_device() != device or kv_cache.numel() == 0:
             raise Refused(f"a KV cache in {kv_cache.dtype} on {kv_cache.device}, hidden states in {dtype}")
         strides = kv_cache.stride()
@@ -221,16 +227,20 @@ def _bind(layer: Any, hidden_states: Any) -> Callable[..., Any]:
         projected = Projected(heads, latent, rope, rotary.is_neox_style, block_size)
         write = bind_mla_rope_and_cache(projected, dtype, angles.dtype, torch.int64, torch.int64, device)
         attend = bind_mla_decode(Latents(heads, latent, rope, block_size), dtype, device)
-        cache, run = kv_cache, replay.bind(device, launches)
+        block_stride = strides[0]
+
+    def facts(step: Step) -> tuple[int, ...]:
+        return _steady(shares(step.num_requests, heads, step.max_seq_len, device)), step.block_table_stride
 
     def launches(
-        memory: Memory, rows: int, shares: int, block_table_stride: int, cache_at: int, read_at: tuple[int, ...],
-        hidden_at: int, out_at: int, positions_at: int, slot_mapping_at: int, block_table_at: int, seq_lens_at: int,
+        memory: Memory, rows: int, facts: tuple[int, ...], read_at: tuple[int, ...], cache_at: int, hidden_at: int,
+        out_at: int, positions_at: int, slot_mapping_at: int, block_table_at: int, seq_lens_at: int,
     ) -> None:  # fmt: skip
         (
             kv_weight_at, q_weight_at, o_weight_at, kv_bias_at, q_bias_at, o_bias_at, absorbed_at, values_at,
             kv_norm_at, q_norm_at, angles_at,
         ) = read_at  # fmt: skip
+        count, block_table_stride = facts
         more = rows, memory, workspace_for(rows, memory)
         kv_at, q_at, query_at, attended_at, expanded_at = (
             memory(rows * each * itemsize)
@@ -242,7 +252,7 @@ def _bind(layer: Any, hidden_states: Any) -> Callable[..., Any]:
             q_input_at = memory(rows * q_lora * itemsize)
             norm(kv_at, 0, q_norm_at, q_input_at, 0, rows)
         project_q(q_input_at, q_weight_at, q_bias_at, q_at, *more)
-        q_rope_at, block_stride = q_at + rope_offset, cache.stride(0)
+        q_rope_at = q_at + rope_offset
         write(
             q_rope_at, heads * head_size, head_size, kv_at + kv_offset, q_lora + width, kv_norm_at, positions_at,
             angles_at, cache_at, block_stride, width, slot_mapping_at, epsilon, rows,
@@ -251,12 +261,30 @@ def _bind(layer: Any, hidden_states: Any) -> Callable[..., Any]:
         attend(
             query_at, heads * latent, latent, q_rope_at, heads * head_size, head_size, cache_at, block_stride,
             block_table_at, block_table_stride, seq_lens_at, attended_at, heads * latent, memory(rows * heads * 4),
-            rows, shares, scale,
+            rows, count, scale,
         )  # fmt: skip
         expand(attended_at, values_at, expanded_at, rows)
         project_o(expanded_at, o_weight_at, o_bias_at, out_at, *more)
 
+    return Block(known, read, settle_cache, facts, launches)
+
+
+def _bind(layer: Any, hidden_states: Any) -> Callable[..., Any]:
+    """call(step, kv_cache, hidden_states) -> what the layer returns; raises Refused."""
+    import torch
+
+    from .. import replay
+    from ..errors import Refused, Unsettled
+    from ..launch import allocator
+
+    block, impl = bind_block(layer, hidden_states), layer.mla_attn.impl
+    dtype, device, hidden_size = hidden_states.dtype, hidden_states.get_device(), hidden_states.shape[-1]
+    empty, plainly = allocator(device, dtype), torch._C.DisableTorchFunctionSubclass
+    cache: Any = None
+    run: Callable[[tuple[Any, ...], tuple[int, ...]], None]
+
     def call(step: Step, kv_cache: Any, hidden_states: Any) -> Any:
+        nonlocal cache, run
         rows = step.num_requests
         if (
             hidden_states.dtype is not dtype
@@ -266,19 +294,17 @@ def _bind(layer: Any, hidden_states: Any) -> Callable[..., Any]:
             raise Refused(f"hidden_states {hidden_states.dtype} {tuple(hidden_states.shape)} for {rows} requests")
         if impl.dcp_world_size != 1:  # until 0.26 known from the first prefill on
             raise Refused("decode context parallelism")
-        for table, name, tensor in known:
+        for table, name, tensor in block.known:
             if table.get(name) is not tensor:
                 raise Unsettled("weights that were replaced")
         if kv_cache is not cache:
-            settle_cache(kv_cache)
+            block.settle_cache(kv_cache)
+            cache, run = kv_cache, replay.bind(device, block.launches)
         with plainly():
-            read_at = addresses_of(*read)
-        out = empty(rows, out_features)
+            read_at = addresses_of(*block.read)
+        out = empty(rows, hidden_size)
         run(
-            (
-                rows, _steady(shares(rows, heads, step.max_seq_len, device)), step.block_table_stride,
-                kv_cache.data_ptr(), read_at,
-            ),
+            (rows, block.facts(step), read_at, kv_cache.data_ptr()),
             (
                 hidden_states.data_ptr(), out.data_ptr(), step.positions_at, step.slot_mapping_at, step.block_table_at,
                 step.seq_lens_at,
