@@ -29,6 +29,7 @@ class _BuiltIn:
             linear,
             mla_decode,
             mla_rope_and_cache,
+            moe_experts,
             moe_routing,
             rms_norm,
             rope_and_cache,
@@ -48,6 +49,7 @@ class _BuiltIn:
             top_p,
             mla_rope_and_cache,
             head_linear,
+            moe_experts,
         )
         return [kernel for module in modules for kernel in module.KERNELS]
 
