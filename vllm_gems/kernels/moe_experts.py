@@ -392,10 +392,10 @@ def moe_experts(
 
     x: [num_tokens, hidden_size], at most 512 tokens, float16, bfloat16 or float32. gate_up: [num_experts,
     2 * intermediate_size, hidden_size], gates first. down: [num_experts, hidden_size, intermediate_size]. weights:
-    [num_tokens, topk] float32. ids: [num_tokens, topk] int32, experts from 0 to num_experts - 1, each at most once for a
-    token. shared: [num_tokens, hidden_size], which is added. All contiguous. An expert computes
-    down @ (silu(gate @ x) * (up @ x)) with sums in float32, rounded to x's dtype before `down` and not after it. Returns
-    [num_tokens, hidden_size], rounded once. The same inputs always give the same bits.
+    [num_tokens, topk] float32. ids: [num_tokens, topk] int32, experts from 0 to num_experts - 1, each at most once for
+    a token. shared: [num_tokens, hidden_size], which is added. All contiguous. An expert computes
+    down @ (silu(gate @ x) * (up @ x)) with sums in float32, rounded to x's dtype before `down` and not after it.
+    Returns [num_tokens, hidden_size], rounded once. The same inputs always give the same bits.
 
     Stands in for vLLM's `fused_experts` and the addition of the shared experts' result. Raises Refused for what it does
     not do.
@@ -512,10 +512,12 @@ MOE_EXPERTS = Kernel(
     cases=(
         *_CASES,
         # Of a sixteenth of the experts and more, whose weights in float64 a test can hold.
-        *(_case(f"{model}, 16 experts {tokens}", tokens, experts._replace(num_experts=16), shared=True, model=model,
-                bench=True)
-          for model, experts in MIXTURES.items()
-          for tokens in (1, 32, 256)),
+        *(
+            _case(f"{model}, 16 experts {tokens}", tokens, experts._replace(num_experts=16), True, shared=True,
+                  model=model)
+            for model, experts in MIXTURES.items()
+            for tokens in (1, 32, 256)
+        ),
     ),
     builds=_builds,
     schema="moe_experts(Tensor x, Tensor gate_up, Tensor down, Tensor weights, Tensor ids, Tensor? shared=None)"
