@@ -1,17 +1,19 @@
 """Where the host's time of one eager decode step goes, with and without the plugin, and how long the GPU works.
 
     python benchmarks/budget.py --model qwen2.5-7b --batches 1,32
+    python benchmarks/budget.py --model deepseek-v2-lite --attention TRITON_MLA --name deepseek_budget
     python benchmarks/budget.py --picture docs/eager.svg    # from the record that is there; needs matplotlib
 
-Writes the record `eager_budget`: microseconds of a step by part, medians over steps, from stopwatches around vLLM's own
-functions and modules; what a part calls that is a part itself is not counted twice. A stopwatch costs about half a
-microsecond, which is inside. Both sides are timed in one process, in turns, as in serve.py, whose engine and models
+Writes a record, `eager_budget` unless it is named: microseconds of a step by part, medians over steps, from stopwatches
+around vLLM's own functions and modules; what a part calls that is a part itself is not counted twice. A stopwatch costs
+about half a microsecond, which is inside. Both sides are timed in one process, in turns, as in serve.py, whose engine
 these are. The GPU's time is the sum of its kernels in a profile of other steps, without stopwatches.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
 import json
 import os
@@ -22,6 +24,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import vllm_gems
 from benchmarks import measure, serve
+from benchmarks.models import MODELS
 
 STEPS = 24
 PROFILED = 6
@@ -40,9 +44,11 @@ KERNELS = 16  # of a step that the record names
 MODULES = {
     "linear layers": ("Linear", "LMHead", "Embedding"),
     "attention": ("Attention",),
+    "latent attention, the rest of the block": ("V2MLAAttention", "LatentAttentionWrapper"),
     "norms": ("Norm",),
     "rotary embedding": ("RotaryEmbedding",),
     "activation": ("AndMul",),
+    "experts, the rest of the block": ("MoE", "MoeBlock", "MoERunner", "RoutedExperts"),
     "decoder layers, the rest of them": ("DecoderLayer", "MLP"),
     "model, the rest of it": ("Model", "CausalLM"),
 }
@@ -63,7 +69,13 @@ FUNCTIONS = {
     "sampler": (("runner", "sample"), ("runner", "_sample"), ("runner", "postprocess_sampled")),
     "model runner, the rest of it": (("runner", "execute_model"), ("runner", "sample_tokens")),
 }
+# Part -> methods, looked for on every module and on what it names so.
+METHODS = {
+    "choice of experts": ("router.select_experts",),
+    "experts": ("routed_experts.forward_modular", "routed_experts.forward_monolithic"),
+}
 OUTSIDE = "engine, the rest of it"
+PARTS = (*MODULES, *METHODS, *FUNCTIONS, OUTSIDE)
 GPU = "GPU at work"
 SIDES = {"ours": vllm_gems.apply_gems_patches_to_vllm, "stock": vllm_gems.remove_gems_patches_from_vllm}
 
@@ -115,12 +127,18 @@ def stopwatches(llm: Any) -> Iterator[Stopwatch]:
         "model": runner.get_model(),
     }  # fmt: skip
     undo: list[Callable[[], None]] = []
+
+    def put(part: str, owner: Any, name: str) -> None:
+        if owner is not None and hasattr(owner, name) and name not in vars(owner):
+            object.__setattr__(owner, name, watch.timed(part, getattr(owner, name)))
+            undo.append(functools.partial(object.__delattr__, owner, name))
+
     for part, places in FUNCTIONS.items():
         for owner_name, name in places:
-            owner = owners[owner_name]
-            if owner is not None and hasattr(owner, name) and name not in vars(owner):
-                object.__setattr__(owner, name, watch.timed(part, getattr(owner, name)))
-                undo.append(functools.partial(object.__delattr__, owner, name))
+            put(part, owners[owner_name], name)
+    for part, methods in METHODS.items():
+        for module, (owner_name, _, name) in product(owners["model"].modules(), (m.partition(".") for m in methods)):
+            put(part, getattr(module, owner_name, None), name)
     call = torch.nn.Module.__call__
     parts: dict[type, str] = {}
 
@@ -164,7 +182,7 @@ def host_budget(llm: Any, spec: dict[str, Any], batch: int) -> dict[str, float]:
         for step in steps_of(llm, spec, batch):
             watch.spent.clear()
             watch.timed(OUTSIDE, step)()
-            for part in (*MODULES, *FUNCTIONS, OUTSIDE):
+            for part in PARTS:
                 samples[part].append(watch.spent.get(part, 0.0))
     return {part: statistics.median(values) for part, values in samples.items()}
 
@@ -194,13 +212,15 @@ def longest(kernels: dict[str, float]) -> dict[str, float]:
 
 def measure_all(args: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Rows of the record, and each side's longest kernels by batch size."""
-    model = serve.MODELS[args.model].with_layers(args.layers)
-    os.environ.update(serve.environment(serve.Side("budget", "eager", True)))
+    model = MODELS[args.model].cut(args.layers, args.experts)
+    settings = serve.Side("budget", "eager", True, attention=args.attention)
+    os.environ.update(serve.environment(settings))
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(model.config))
         spec = {
             "model": folder, "vocabulary": model.config["vocab_size"], "batches": args.batches, "steps": STEPS,
-            "prefill": [], "kv_cache_bytes": 8 << 30, "side": {"dtype": "bfloat16", "mode": "eager"},
+            "prefill": [], "kv_cache_bytes": 8 << 30, "side": dataclasses.asdict(settings), "contexts": [serve.PROMPT],
+            "latent": model.latent,
         }  # fmt: skip
         llm = serve.start_engine(spec)
         # Turn by turn, and in the first of them everything is compiled. Profiles come last: a process that has been
@@ -217,7 +237,7 @@ def measure_all(args: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[st
                         kernels[batch, side] = gpu_us(llm, spec, batch)
         rows = []
         for batch in args.batches:
-            for part in (*MODULES, *FUNCTIONS, OUTSIDE, GPU):
+            for part in (*PARTS, GPU):
                 ours, stock = (
                     sum(kernels[batch, side].values())
                     if part == GPU
@@ -268,9 +288,12 @@ def draw(record: dict[str, Any], target: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=serve.MODELS, default="qwen2.5-7b")
+    parser.add_argument("--model", choices=MODELS, default="qwen2.5-7b")
     parser.add_argument("--layers", type=int, help="cut the model to this many layers")
+    parser.add_argument("--experts", type=int, help="cut the layers to this many routed experts")
+    parser.add_argument("--attention", default="", help="vLLM's attention backend; default: its choice")
     parser.add_argument("--batches", type=lambda text: [int(part) for part in text.split(",")], default=[1, 32, 256])
+    parser.add_argument("--name", default="eager_budget", help="of the record (%(default)s)")
     parser.add_argument("--out", type=Path, help="a folder for the record, instead of benchmarks/results/<gpu>")
     parser.add_argument("--commit", default="", help="for the record, where there is no git")
     parser.add_argument("--picture", type=Path, help="measure nothing; draw the record")
@@ -282,7 +305,7 @@ def main() -> None:
     rows, kernels = measure_all(args)
     for case, times in kernels.items():
         print(case, *(f"{us:9.1f}  {name}" for name, us in times.items()), sep="\n  ")
-    print(measure.record("eager_budget", rows, folder=args.out, commit=args.commit, kernels=kernels))
+    print(measure.record(args.name, rows, folder=args.out, commit=args.commit, kernels=kernels))
 
 
 if __name__ == "__main__":

@@ -256,6 +256,35 @@ def test_applying_again_adds_what_is_new() -> None:
     in_child(check)
 
 
+def test_what_waits_is_not_forgotten_by_who_asks_for_less() -> None:
+    """As a caller's patches, when vLLM loads the plugin, which asks for what the environment says."""
+
+    def check() -> None:
+        patcher = toy.patcher(*toy.PATCHES, toy.patch("toy.module", "module", toy.adapt_module, default=False))
+        patcher.apply(Policy(include=("toy.module",)))
+        patcher.apply(Policy(exclude=("toy.function",)))
+        assert states(patcher) == {"toy.layer": "waiting", "toy.function": "off", "toy.module": "waiting"}
+        importlib.import_module(MODULE)
+        assert states(patcher) == {"toy.layer": "bound", "toy.function": "off", "toy.module": "bound"}
+
+    in_child(check)
+
+
+def test_what_waits_only_for_a_while_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    def check() -> None:
+        from vllm_gems import api
+
+        patcher = toy.patcher()
+        monkeypatch.setattr(api, "patcher", lambda: patcher)
+        api.apply_gems_patches_to_vllm(include="toy.layer")
+        with api.gems_patches(include="toy.*"):
+            assert states(patcher) == {"toy.layer": "waiting", "toy.function": "waiting"}
+        importlib.import_module(MODULE)
+        assert states(patcher) == {"toy.layer": "bound"}
+
+    in_child(check)
+
+
 def test_strict_raises_for_what_was_asked_by_name() -> None:
     def check() -> None:
         importlib.import_module(MODULE)

@@ -174,6 +174,7 @@ def install() -> None:
     utils.dispatch_cpu_unquantized_gemm = dispatch_cpu_unquantized_gemm
     cpu_mla.CPUMLABackend.get_impl_cls = staticmethod(lambda: TritonMLAImplOnCPU)
     triton_mla.decode_attention_fwd = latent_attention
+    triton_mla._compute_num_kv_splits = lambda *_: 1  # asks the Triton that vLLM has switched off
     _custom_ops.concat_and_cache_mla = write_latent_cache
     # On a CPU the module has imported none of its device functions.
     flash_attn.flash_attn_varlen_func = attention

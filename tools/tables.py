@@ -85,10 +85,11 @@ def serve_eager(record: Record) -> str:
         turns = row.get("turns") or {"ours": [row["ours"]], "stock": [against["stock"]]}
         ratios = [ours / stock for ours, stock in zip(turns["ours"], turns["stock"], strict=True)]
         default = f"{against['stock_compiled']:.1f}" if "stock_compiled" in against else ""
+        decode = f"decode, batch {case['batch']}" + (f", context {case['context']}" if "context" in case else "")
         rows.append(
             (
                 str(case["model"]),
-                f"prefill of {case['prefill']} tokens" if "prefill" in case else f"decode, batch {case['batch']}",
+                f"prefill of {case['prefill']} tokens" if "prefill" in case else decode,
                 f"{against['stock']:.1f}",
                 *((default,) if compiled else ()),
                 f"{row['ours']:.1f}",
@@ -168,9 +169,11 @@ TABLES: dict[str, Callable[[Record], str]] = {
     "serve_eager_dense": serve_eager,
     "serve_eager_llama": serve_eager,
     "serve_eager_qwen3": serve_eager,
+    "serve_eager_deepseek": serve_eager,
     "linear": linear,
     "mla_decode": mla_decode,
     "eager_budget": eager_budget,
+    "deepseek_budget": eager_budget,
     "vllm_suite": vllm_suite,
 }
 

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 
 from . import __version__, seams
 from .catalog import catalog
+from .nouns import State
 from .patcher import Patcher
 from .policy import VARIABLES, Policy
 from .reports import Report
@@ -57,13 +58,16 @@ def gems_patches(
     include: Names = None, exclude: Names = None, strict: bool | None = None
 ) -> Iterator[Report]:
     """`apply_gems_patches_to_vllm` for a while; what it bound is taken back at the end, after an exception too."""
-    before = {row.patch for row in patcher().rows()}
+    before = _asked_for()
     bound = _apply(Policy.from_env().replace(include=include, exclude=exclude, strict=strict))
     try:
         yield report()
     finally:
-        new = {row.patch for row in patcher().rows()} - before
-        patcher().undo({*bound, *new})
+        patcher().undo({*bound, *(_asked_for() - before)})
+
+
+def _asked_for() -> set[str]:
+    return {row.patch for row in patcher().rows() if row.state is not State.OFF}
 
 
 def _apply(policy: Policy) -> tuple[str, ...]:

@@ -119,9 +119,11 @@ class Patcher:
         entry = self._entries.get(patch.name)
         if entry is not None and entry.bound is not None:
             return
+        off = self.policy.refuses(patch.name, patch.default)
+        if entry is not None and entry.state is State.WAITING and off is not None:
+            return  # an earlier policy asked for it, and what it asked for stays until it is undone
         entry = self._entries[patch.name] = _Entry(patch, lookup("seam", self.catalog.seams, patch.seam))
         entry.wanted = self.policy.named(patch.name)
-        off = self.policy.refuses(patch.name, patch.default)
         if off is not None:
             entry.state, entry.why = State.OFF, off
             self.catalog.tell(self._row(entry))

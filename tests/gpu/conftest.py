@@ -25,7 +25,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Engines, which take a minute or two each, first and not in a row: pytest-xdist deals out pairs."""
-    engines = [item for item in items if item.path.name == "test_gpu_decoder.py"]
+    engines = [item for item in items if item.path.name in ("test_gpu_decoder.py", "test_gpu_mla_step.py")]
     others = [item for item in items if item not in engines]
     for index, engine in enumerate(engines):
         others.insert(2 * index, engine)

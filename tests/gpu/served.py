@@ -1,0 +1,41 @@
+"""Real engines on a GPU whose logits are compared, by the benchmark's own comparison (`benchmarks/serve.py`).
+
+It fails if our error against float32 is more times stock's than rounding explains, or if a patch did not answer as
+often as the model has layers and decode steps for it; here nothing is timed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+CASES = {"1", "32", "72", "long", "mixed"}
+
+
+def serve(model: str, folder: Path, include: str, *options: str) -> dict[str, Any]:
+    """The benchmark's record of two layers of `model`, decoded for comparison with these patches."""
+    pytest.importorskip("vllm")
+    options = ("--layers", "2", "--batches", "1,72", "--no-times", "--out", str(folder), *options)
+    command = [sys.executable, str(ROOT / "benchmarks" / "serve.py"), "--model", model, *options]
+    environ = {**os.environ, "VLLM_GEMS_INCLUDE": include}
+    ran = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=900, check=False)
+    assert ran.returncode == 0, ran.stdout + ran.stderr[-4000:]
+    record: dict[str, Any] = json.loads((folder / "serve.json").read_text())
+    assert {each["case"] for each in record["logits"]} == CASES
+    assert all("error_ratio" in each for each in record["logits"]), "there was no float32 engine"
+    return record
+
+
+def assert_answered(record: dict[str, Any], patch: str) -> None:
+    """In every way of decoding, and nothing went wrong."""
+    hits = record["hits"]["eager"]
+    assert all(hits[case]["hits"].get(patch, 0) > 0 for case in CASES), hits
+    row = next(row for row in record["report"]["eager"] if row["patch"] == patch)
+    assert (row["state"], row["errors"]) == ("bound", 0)
