@@ -77,6 +77,8 @@ class Model:
                 found[name] = numbers[whole.of] * decodes
                 for patch, count in whole.parts.items():
                     found[patch] -= numbers[whole.of] * count * decodes
+        if "moe.mixture" in answering:  # answers whatever has few tokens, short prefills too
+            found = {patch: count for patch, count in found.items() if patch not in _OF_EXPERTS}
         return {patch: count for patch, count in found.items() if patch in answering}
 
     def weight_bytes(self, itemsize: int) -> int:
@@ -102,6 +104,8 @@ class Model:
         return itemsize * tokens * width * int(config["num_hidden_layers"])
 
 
+# Patches of what happens inside a mixture of experts.
+_OF_EXPERTS = {"activation.silu_and_mul", "moe.grouped_topk", "op.silu_and_mul"}
 # Patches of what a prefill does not call.
 _DECODES_ONLY = {"mla.triton_decode"}
 
@@ -131,8 +135,7 @@ def _latent(norms: int) -> tuple[dict[str, Calls], dict[str, Whole]]:
         **_ROUTED,
     }
     inside = {"layernorm.rms_norm": norms, "rotary.deepseek_scaling": 1, "mla.triton_decode": 1}
-    block = {"activation.silu_and_mul": 1, "moe.grouped_topk": 1, "op.silu_and_mul": 1}
-    return calls, {"mla.decode_step": Whole(LAYER, inside), "moe.decode_step": Whole(EXPERTS, block)}
+    return calls, {"mla.decode_step": Whole(LAYER, inside)}
 
 
 def _config(architecture: str, model_type: str, **values: Any) -> dict[str, Any]:
@@ -224,7 +227,7 @@ MODELS = {
             use_sliding_window=False, max_window_layers=48, router_aux_loss_coef=0.001,
         ),
         {**_QUERY_KEY_NORMS, **_ROUTED},
-        {"moe.decode_step": Whole(EXPERTS, {"op.silu_and_mul": 1})},
+        {},
     ),
     "tiny": Model(
         "tiny",

@@ -48,6 +48,12 @@ REGISTERS: dict[str, Registers] = {
     "_rotary_embedding_kernel": Registers(112, 96),
     # A tile of sums and one operand on its way from shared memory, which is what limits how many programs an SM has.
     "_linear_kernel": Registers(168, 256),
+    # As of a linear layer, with the pairs of an expert beside them.
+    "_moe_experts_kernel": Registers(168, 256),
+    # Eight ids a thread and their ranks: few programs.
+    "_moe_list_kernel": Registers(96, 96),
+    # Eight elements a thread, as many loads on their way as there are experts to a token.
+    "_moe_sum_kernel": Registers(128, 128),
     # Up to 16 sums a thread, beside operands on their way from shared memory: 16 warps, four programs; 4 waves.
     "_head_linear_kernel": Registers(128, 128),
     # Up to 8 elements a thread, which is one access of 16 bytes: 32 warps, 8 waves.

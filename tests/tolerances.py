@@ -43,6 +43,15 @@ def absolute(kernel: str, inputs: dict[str, Any], dtype: torch.dtype) -> float |
             # (https://arxiv.org/abs/2203.03341): one unit of a partial sum each, which grows with the square root.
             units = max(units, inputs["x"].shape[1] ** 0.5 / 16)
         return max(TOLERANCES[dtype][1], units * most * (most if "gated" in kernel else 1.0) * _ULP[torch.float32])
+    if kernel == "moe_experts" and inputs["x"].numel():
+        # The activation is rounded to the dtype, off by some units of float32 before, and then summed with both signs.
+        sizes = torch.zeros_like(inputs["x"], dtype=torch.float64)
+        for expert, (both, down) in enumerate(zip(inputs["gate_up"], inputs["down"], strict=True)):
+            token, k = (inputs["ids"] == expert).nonzero(as_tuple=True)
+            gate, up = (inputs["x"][token].double() @ both.double().T).chunk(2, dim=-1)
+            active = (torch.nn.functional.silu(gate) * up).abs() @ down.double().abs().T
+            sizes.index_add_(0, token, active * inputs["weights"][token, k][:, None])
+        return float(sizes.max()) * (_ULP[dtype] / 2 + 16 * _ULP[torch.float32])
     if kernel == "rope_and_cache":
         # As of a rotation alone; v is copied.
         return float(inputs["qkv"].abs().max()) * _ULP[dtype] if inputs["qkv"].numel() else 0.0

@@ -29,6 +29,7 @@ class _BuiltIn:
             linear,
             mla_decode,
             mla_rope_and_cache,
+            moe_experts,
             moe_routing,
             rms_norm,
             rope_and_cache,
@@ -48,6 +49,7 @@ class _BuiltIn:
             top_p,
             mla_rope_and_cache,
             head_linear,
+            moe_experts,
         )
         return [kernel for module in modules for kernel in module.KERNELS]
 
@@ -59,9 +61,9 @@ class _BuiltIn:
 
     @hookimpl
     def vllm_gems_patches(self) -> Iterable[Patch]:
-        from .patches import activation, attention, decoder, layernorm, mla, mla_step, moe, rotary, sampler
+        from .patches import activation, attention, decoder, layernorm, mla, mla_step, moe, moe_step, rotary, sampler
 
-        modules = layernorm, rotary, activation, attention, decoder, moe, mla, mla_step, sampler
+        modules = layernorm, rotary, activation, attention, decoder, moe, mla, mla_step, moe_step, sampler
         return [patch for module in modules for patch in module.PATCHES]
 
 

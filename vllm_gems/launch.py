@@ -19,7 +19,6 @@ from typing import Any, NamedTuple
 import torch
 import triton
 from triton.compiler import ASTSource
-from triton.experimental.gluon._runtime import GluonASTSource
 
 from . import interpreter, policy
 from .errors import NoDeviceError, Refused
@@ -100,6 +99,11 @@ class Build:
     num_stages: int = 1
     maxnreg: int | None = None  # registers a thread that NVIDIA's assembler may use, where it spills to use fewer
 
+    @property
+    def is_gluon(self) -> bool:
+        """Whether the kernel is in Gluon, which compiles another way; only then is that imported."""
+        return bool(getattr(self.function, "is_gluon", lambda: False)())
+
     def source(self) -> ASTSource:
         names = self.function.arg_names
         signature: dict[str, str] = {}
@@ -117,7 +121,9 @@ class Build:
             if names[index] != name:
                 raise TypeError(f"{self.function.__name__}: parameter {index} is {names[index]!r}, not {name!r}")
             signature[name], constants[(index,)] = "constexpr", value
-        if self.function.is_gluon():
+        if self.is_gluon:
+            from triton.experimental.gluon._runtime import GluonASTSource
+
             return GluonASTSource(self.function, signature, constants, attrs)
         return ASTSource(self.function, signature, constants, attrs)
 
@@ -185,7 +191,7 @@ def _call_3_9(kernel: Any, runner: Any, build: Build) -> tuple[Callable[..., Non
 _CALLS = {(3, 6): _call_3_6, (3, 7): _call_3_9, (3, 8): _call_3_9, (3, 9): _call_3_9}
 
 
-def _triton_release() -> tuple[int, int]:
+def triton_release() -> tuple[int, int]:
     major, minor = triton.__version__.split(".")[:2]
     return int(major), int(minor)
 
@@ -196,7 +202,7 @@ def direct_refuses() -> str | None:
         return "Triton's interpreter runs the kernels (TRITON_INTERPRET)"
     if torch.version.hip is not None:
         return "the direct launcher knows NVIDIA's backend only"
-    if _triton_release() not in _CALLS:
+    if triton_release() not in _CALLS:
         known = ", ".join(f"{major}.{minor}" for major, minor in _CALLS)
         return f"the direct launcher knows Triton {known}, this is {triton.__version__}"
     if triton.knobs.runtime.debug:
@@ -214,7 +220,7 @@ def _direct(build: Build, device: int) -> Launch:
     subscript = _by_subscript(build)
     if runner.global_scratch_size or runner.profile_scratch_size:
         return subscript
-    function, head, packed = _CALLS[_triton_release()](kernel, runner, build)
+    function, head, packed = _CALLS[triton_release()](kernel, runner, build)
 
     num_warps, num_ctas, shared = kernel.packed_metadata
     native = None

@@ -63,6 +63,18 @@ _LATENT_ATTENTION = _part(
     ("(self, positions, hidden_states, llama_4_scaling=None)",),
     "be2b929891c4ce9a", "3c8eb1c81af7dd02", "e0432540543912da", "59c6f711b184553e",
 )  # fmt: skip
+_MOE = "model_executor.layers.fused_moe"
+_SINCE_MOE = "0.24.0-0.33"
+_MIXTURE = _part(
+    f"{_MOE}.runner.moe_runner", "MoERunner.forward",
+    (
+        "(self, hidden_states, router_logits, input_ids=None, shared_experts_input=None)",
+        "(self, hidden_states, router_logits, input_ids=None)",  # until 0.26
+    ),
+    "0d650e8f0d896602", "9c4fee9fda110ff8", versions=_SINCE_MOE,
+)  # fmt: skip
+_ROUTE = ("(self, hidden_states, router_logits, indices_type, *, input_ids=None)",)
+_SELECT = ("(self, hidden_states, router_logits, topk_indices_dtype=None, *, input_ids=None)",)
 _TRITON_MLA = _part(
     "v1.attention.backends.mla.triton_mla", "TritonMLAImpl.forward_mqa",
     ("(self, q, kv_c_and_k_pe_cache, attn_metadata, layer)",),
@@ -161,6 +173,7 @@ _ALL = (
         layer=f"{_LATENT_ATTENTION.module}:MultiHeadLatentAttentionWrapper",
         eager_only=True,
     ),
+    Seam("layer.mixture", (_MIXTURE,), layer=f"{_MIXTURE.module}:MoERunner", eager_only=True),
     Seam(
         "sampler.top_k_top_p",
         (
@@ -280,6 +293,59 @@ PARTS: dict[str, tuple[Place, ...]] = {
             "v1.attention.backends.flash_attn", "FlashAttentionImpl.do_kv_cache_update",
             ("(self, layer, key, value, kv_cache, slot_mapping)",),
             "53c7db03eaad9705", "e3f2d43d1d2ad8f3", "48b628d73a9cc62b",
+        ),
+    ),
+    "mixture _forward_impl": (
+        _part(
+            f"{_MOE}.runner.moe_runner", "MoERunner._forward_impl",
+            ("(self, hidden_states, router_logits, shared_experts_input, input_ids=None)",),
+            "eb4518ff6e06fe1b", "1f5c5505f0fd205f", "24632cda62049198", versions=_SINCE_MOE,
+        ),
+    ),
+    "mixture _apply_quant_method": (
+        _part(
+            f"{_MOE}.runner.moe_runner", "MoERunner._apply_quant_method",
+            (
+                "(self, hidden_states, router_logits, shared_experts_input, input_ids=None, "
+                "shared_experts_overlapping=False)",
+                "(self, hidden_states, router_logits, shared_experts_input, input_ids=None)",  # until 0.26
+            ),
+            "c195d8fa0169ddf0", "4de859f459813132", "f828f389e6fae6b2", versions=_SINCE_MOE,
+        ),
+    ),
+    "mixture _maybe_apply_routed_scale_to_output": (
+        _part(
+            f"{_MOE}.runner.moe_runner", "MoERunner._maybe_apply_routed_scale_to_output",
+            ("(self, shared_output, fused_output)",), "720e93552c22e536", versions="0.20.2-0.33",
+        ),
+    ),
+    "router": (
+        _part(
+            f"{_MOE}.router.fused_topk_router", "FusedTopKRouter._compute_routing", _ROUTE, "426f44a3b500b0ba",
+            versions="0.20.2-0.33",
+        ),
+        _part(
+            f"{_MOE}.router.grouped_topk_router", "GroupedTopKRouter._compute_routing", _ROUTE,
+            "357398f7410bd090", "f44166e3780c585d", versions="0.20.2-0.33",
+        ),
+    ),
+    "router's selection": (
+        _part(
+            f"{_MOE}.router.base_router", "BaseRouter._select_experts", _SELECT, "cbd26c3ee4548eb7",
+            versions=_SINCE_MOE,
+        ),
+    ),
+    "router's entry": (
+        _part(
+            f"{_MOE}.router.fused_moe_router", "FusedMoERouter.select_experts", _SELECT, "97e6f393a30b6ca2",
+            versions=_SINCE_MOE,
+        ),
+    ),
+    "gate": (
+        _part(
+            f"{_MOE}.router.gate_linear", "GateLinear.forward", ("(self, x)",),
+            "92b69b09a5db534e", "10320e3b2abc2421", "801aacfd8a1ba7f1", "96b3e5c85e0addde", "fbfcb4e79e9ded5b",
+            versions=_SINCE_MOE,
         ),
     ),
     "latent attention layer": (

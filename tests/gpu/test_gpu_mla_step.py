@@ -16,7 +16,7 @@ from vllm_gems.catalog import catalog
 # Routed experts that are left; a multiple of the groups.
 MODELS = {"deepseek-v2-lite": "16", "deepseek-v3-4l": "32"}
 PARTS = ("mla.triton_decode", "moe.grouped_topk")
-BLOCKS = ("mla.decode_step", "moe.decode_step")
+BLOCKS = ("mla.decode_step", "moe.mixture")
 
 
 @pytest.mark.parametrize("patches", [PARTS, BLOCKS], ids=["parts", "blocks"])

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from ..errors import Refused
-from ..launch import CPU, Build, Launch, allocator, launcher, pointer
+from ..launch import CPU, INTERPRETED, Build, Launch, allocator, launcher, pointer, triton_release
 from ..nouns import Case, Kernel
 from .common import dtype_of, nbytes, power_of_two, randn, strided
 from .paged import pages_for, pages_refuse, random_pages
@@ -355,8 +355,16 @@ def shares(num_reqs: int, num_heads: int, max_seq_len: int, device: int) -> int:
     264 * 16 * 512 floats, 8.7 MB, which takes an SM 80 us. Spread over all of them it takes 3, and the launch 1 or 2.
     At 32 requests of 1024 tokens, which are 8 pieces each, both would take 2 to 3.
     """
-    most = _RESIDENT * _multiprocessors(device) // triton.cdiv(num_heads, _ROWS)
-    return max(1, min(most, num_reqs * triton.cdiv(max_seq_len, 32)))
+    most = _most_shares(num_heads, device)
+    count = max(1, num_reqs * triton.cdiv(max_seq_len, 32))
+    # Below, rounded down to three binary digits: a context that grows changes it seldom, and launches that are recorded
+    # are recorded for each.
+    unit = 1 << max(count.bit_length() - 3, 0)
+    return most if count >= most else count // unit * unit
+
+
+def _most_shares(num_heads: int, device: int) -> int:
+    return max(1, _RESIDENT * _multiprocessors(device) // triton.cdiv(num_heads, _ROWS))
 
 
 def _never(latents: Latents, dtype: torch.dtype) -> str | None:
@@ -373,6 +381,48 @@ def _never(latents: Latents, dtype: torch.dtype) -> str | None:
     if block_size < 1:
         return f"kv_cache has pages of {block_size} tokens, expected at least 1"
     return None
+
+
+# The release of Triton whose Gluon the Hopper kernel was written against and run with.
+_GLUON = (3, 6)
+
+
+@functools.cache
+def hopper_refuses(latents: Latents, dtype: torch.dtype, device: int) -> str | None:
+    """None if `bind_mla_decode` takes the kernel for Hopper's tensor cores, else why the portable one."""
+    num_heads, latent, rope, block_size = latents
+    if device == CPU or INTERPRETED:
+        return "no GPU runs it"
+    if torch.version.hip is not None or torch.cuda.get_device_capability(device)[0] != 9:
+        return "the GPU is no Hopper"
+    if triton_release() != _GLUON:
+        return f"Triton is {triton.__version__}, whose Gluon may be another than that of {_GLUON[0]}.{_GLUON[1]}"
+    if dtype not in (torch.float16, torch.bfloat16):
+        return f"query has dtype {dtype}, not float16 or bfloat16"
+    if num_heads % 64:
+        return f"query has {num_heads} heads, not a multiple of 64"
+    if (latent, rope) != (512, 64):
+        return f"query has {latent} and {rope} elements, not 512 and 64"
+    if 64 % block_size and block_size % 64:
+        return f"kv_cache has pages of {block_size} tokens, neither a divisor nor a multiple of 64"
+    return None
+
+
+def hopper_build(latents: Latents, dtype: torch.dtype, split: bool) -> Build:
+    """Of aligned tensors alone."""
+    from .mla_decode_hopper import mla_decode_hopper_kernel
+
+    x = pointer(dtype)
+    return Build(
+        function=mla_decode_hopper_kernel,
+        types=(
+            x, x, x, "*i32", "*i32", x, "*fp32", *(("*fp32", "*fp32", "*i32") if split else (None,) * 3),
+            *("i32/16",) * 5, "i32", "i32/16", "i32", "i32", "fp32",
+        ),
+        constexprs=(
+            ("HEADS", latents.num_heads), ("BLOCK_SIZE", latents.block_size), ("SPLIT", split), ("REQS", _REQS),
+        ),
+    )  # fmt: skip
 
 
 @functools.cache
@@ -406,6 +456,10 @@ def bind_mla_decode(latents: Latents, dtype: torch.dtype, device: int) -> Callab
 
     whole, split = launch_for(False, True), launch_for(True, True)
     merge_wide, merge_narrow = merge_for(True, True), merge_for(False, True)
+    hopper: Any = None
+    if hopper_refuses(latents, dtype, device) is None:
+        hopper = tuple(launcher(hopper_build(latents, dtype, is_split), device) for is_split in (False, True))
+        hopper_tiles, hopper_most = num_heads // 64, max(1, _multiprocessors(device) // (num_heads // 64))
 
     def attend(
         query_at: int,
@@ -428,10 +482,14 @@ def bind_mla_decode(latents: Latents, dtype: torch.dtype, device: int) -> Callab
     ) -> None:
         bits = query_at | rope_at | cache_at | block_table_at | seq_lens_at | out_at | lse_at
         bits |= query_stride | query_head_stride | rope_stride | rope_head_stride | cache_block_stride | out_stride
+        own = hopper is not None and not bits & 15
+        if own and shares > 1:
+            shares = max(2, hopper_most * shares // _most_shares(num_heads, device))
         if shares == 1:
-            launch = launch_for(False, False) if bits & 15 else whole
+            launch = hopper[0] if own else launch_for(False, False) if bits & 15 else whole
+            programs = num_reqs * (hopper_tiles if own else head_tiles)
             launch(
-                num_reqs * head_tiles, query_at, rope_at, cache_at, block_table_at, seq_lens_at, out_at, lse_at,
+                programs, query_at, rope_at, cache_at, block_table_at, seq_lens_at, out_at, lse_at,
                 0, 0, 0, query_stride, query_head_stride, rope_stride, rope_head_stride, cache_block_stride,
                 block_table_stride, out_stride, num_reqs, 1, scale,
             )  # fmt: skip
@@ -443,13 +501,18 @@ def bind_mla_decode(latents: Latents, dtype: torch.dtype, device: int) -> Callab
         partial_lse_at = partial_at + rows * latent * 4
         pieces_at = partial_lse_at + rows * 4
         wide = num_reqs * num_heads < _MERGE_MANY
-        if bits & 15:
+        # As many full shares as there are at most, and the rest of each request; a program of Hopper's goes on to the
+        # next request.
+        programs = (shares + num_reqs) * head_tiles
+        if own:
+            launch, merge = hopper[1], merge_wide if wide else merge_narrow
+            programs = shares * hopper_tiles
+        elif bits & 15:
             launch, merge = launch_for(True, False), merge_for(wide, False)
         else:
             launch, merge = split, merge_wide if wide else merge_narrow
-        # As many full shares as there are at most, and the rest of each request.
         launch(
-            (shares + num_reqs) * head_tiles, query_at, rope_at, cache_at, block_table_at, seq_lens_at, out_at, lse_at,
+            programs, query_at, rope_at, cache_at, block_table_at, seq_lens_at, out_at, lse_at,
             partial_at, partial_lse_at, pieces_at, query_stride, query_head_stride, rope_stride, rope_head_stride,
             cache_block_stride, block_table_stride, out_stride, num_reqs, shares, scale,
         )  # fmt: skip

@@ -1,4 +1,16 @@
-"""Draft."""
+"""`mla_decode` for 64 heads and their multiples on Hopper, in Gluon: the tensor cores kept busy by three warp groups.
+
+With so many heads the products are what counts, and what Triton's own compiler makes of the portable kernel keeps the
+sums of 64 heads, 64 by 512 in float32, in the registers of one group of warps, which then multiplies and waits in turn.
+Here a program is 64 heads of consecutive tokens and has three groups of four warps. One brings tiles of 64 tokens from
+the cache to shared memory, two at a time. The other two each take the scores of one tile of a pair, hand the
+exponentials to each other through shared memory, where the tile's rotated part was, and each multiplies both with its
+half of the 512 columns. So every tile is read once, and one group's products hide the other's exponentials. The scheme
+is FlashMLA's (https://github.com/deepseek-ai/FlashMLA), the code is not.
+
+Work is divided as in the portable kernel, in shares of a line of all requests' tokens, here in pairs of tiles, and what
+is left in pieces is put together by the same second launch.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +25,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 ROWS = gl.constexpr(64)
-PAIR = gl.constexpr(128)
 LATENT = gl.constexpr(512)
 HALF = gl.constexpr(256)
 ROPE = gl.constexpr(64)
@@ -25,6 +36,10 @@ _SCORES = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16]))
 _SUMS = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 256, 16]))
 _COPY = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0]))
 _LINE = gl.constexpr(gl.BlockedLayout([2], [32], [4], [0]))
+
+# Of a thread. Together what an SM has, with what the first four warps, which are a consumer, were started with.
+_CONSUMER_REGISTERS = gl.constexpr(224)
+_PRODUCER_REGISTERS = gl.constexpr(56)
 
 # Barriers.
 _Q_FULL = gl.constexpr(0)
@@ -49,13 +64,23 @@ def _pairs_of(seq_lens_ptr, base, num_reqs, REQS: gl.constexpr):
 
 
 @gluon.jit
+def _page(pages_ptr, first, row, stop, BLOCK_SIZE: gl.constexpr):
+    """Of each row of the tile that begins with token `first`, none of which is `stop` or beyond."""
+    token = first + row
+    if BLOCK_SIZE % 64 == 0:
+        token = first  # one page for all rows
+    return gl.load(pages_ptr + token // BLOCK_SIZE, mask=token < stop, other=0)
+
+
+@gluon.jit
 def _produce(
     query, query_rope, latent, rope, bars,
     query_ptr, query_rope_ptr, cache_ptr, block_table_ptr, seq_lens_ptr,
     query_stride, query_head_stride, query_rope_stride, query_rope_head_stride, cache_block_stride, block_table_stride,
     head, request, position, todo,
-    BLOCK_SIZE: gl.constexpr, ABLATE: gl.constexpr,
+    BLOCK_SIZE: gl.constexpr,
 ):
+    """Brings queries and tiles to shared memory; tokens that there are not become zeros."""
     row = gl.arange(0, 64, layout=gl.SliceLayout(1, _COPY))
     dim = gl.arange(0, HALF, layout=gl.SliceLayout(0, _COPY))
     dim_rope = gl.arange(0, ROPE, layout=gl.SliceLayout(0, _COPY))
@@ -66,8 +91,9 @@ def _produce(
         pairs = gl.maximum((seq_len + 127) // 128, 1)
         stop = gl.minimum(pairs, position + todo)
         pages_ptr = block_table_ptr + request.to(gl.int64) * block_table_stride
-        page_a = gl.load(pages_ptr + position * 2, mask=position * 128 < seq_len, other=0)
-        page_b = gl.load(pages_ptr + position * 2 + 1, mask=position * 128 + 64 < seq_len, other=0)
+        end = gl.minimum(seq_len, stop * 128)
+        page_a = _page(pages_ptr, position * 128, row, end, BLOCK_SIZE)
+        page_b = _page(pages_ptr, position * 128 + 64, row, end, BLOCK_SIZE)
         query_at = query_ptr + request.to(gl.int64) * query_stride + ((head + row) * query_head_stride)[:, None]
         rope_at = query_rope_ptr + request.to(gl.int64) * query_rope_stride
         rope_at += ((head + row) * query_rope_head_stride)[:, None]
@@ -78,24 +104,27 @@ def _produce(
         async_copy.mbarrier_arrive(bars.index(_Q_FULL), increment_count=False)
         for pair in range(position, stop):
             parity = (step & 1) ^ 1
-            next_a = gl.load(pages_ptr + pair * 2 + 2, mask=(pair * 128 + 128 < seq_len) & (pair + 1 < stop), other=0)
-            next_b = gl.load(pages_ptr + pair * 2 + 3, mask=(pair * 128 + 192 < seq_len) & (pair + 1 < stop), other=0)
+            next_a = _page(pages_ptr, pair * 128 + 128, row, end, BLOCK_SIZE)
+            next_b = _page(pages_ptr, pair * 128 + 192, row, end, BLOCK_SIZE)
             for tile in gl.static_range(2):
                 page = page_a if tile == 0 else page_b
-                live = (pair * 128 + tile * 64 + row < seq_len)[:, None]
-                token_at = cache_ptr + page.to(gl.int64) * cache_block_stride + (row * WIDTH)[:, None]
+                token = pair * 128 + tile * 64 + row
+                live = (token < seq_len)[:, None]
+                in_page = cache_ptr + ((token % BLOCK_SIZE) * WIDTH)[:, None]
+                if BLOCK_SIZE % 64 == 0:
+                    token_at = in_page + page.to(gl.int64) * cache_block_stride
+                else:
+                    token_at = in_page + (page.to(gl.int64) * cache_block_stride)[:, None]
                 mbarrier.wait(bars.index(_EMPTY + 2 * tile), parity)
-                if ABLATE != 1:
-                    async_copy.async_copy_global_to_shared(latent.index(2 * tile), token_at + dim[None, :], mask=live)
+                async_copy.async_copy_global_to_shared(latent.index(2 * tile), token_at + dim[None, :], mask=live)
                 async_copy.mbarrier_arrive(bars.index(_FULL + 2 * tile), increment_count=False)
                 mbarrier.wait(bars.index(_EMPTY + 2 * tile + 1), parity)
-                if ABLATE != 1:
-                    async_copy.async_copy_global_to_shared(
-                        latent.index(2 * tile + 1), token_at + (HALF + dim)[None, :], mask=live
-                    )
-                    async_copy.async_copy_global_to_shared(
-                        rope.index(tile), token_at + (LATENT + dim_rope)[None, :], mask=live
-                    )
+                async_copy.async_copy_global_to_shared(
+                    latent.index(2 * tile + 1), token_at + (HALF + dim)[None, :], mask=live
+                )
+                async_copy.async_copy_global_to_shared(
+                    rope.index(tile), token_at + (LATENT + dim_rope)[None, :], mask=live
+                )
                 async_copy.mbarrier_arrive(bars.index(_FULL + 2 * tile + 1), increment_count=False)
             page_a = next_a
             page_b = next_b
@@ -112,8 +141,9 @@ def _consume(
     query, query_rope, latent, rope, stats, bars,
     seq_lens_ptr, out_ptr, lse_ptr, partial_ptr, partial_lse_ptr, pieces_ptr,
     out_stride, scale, head, request, position, todo, index, share, shares,
-    HEADS: gl.constexpr, SPLIT: gl.constexpr, OPAQUE: gl.constexpr, ABLATE: gl.constexpr,
+    HEADS: gl.constexpr, SPLIT: gl.constexpr,
 ):
+    """Scores of tile WHICH of each pair, and columns WHICH * 256 and on of the result."""
     OTHER: gl.constexpr = 1 - WHICH
     dtype: gl.constexpr = query.dtype
     column = gl.arange(0, 64, layout=gl.SliceLayout(0, _SCORES))
@@ -133,82 +163,73 @@ def _consume(
         mbarrier.wait(bars.index(_Q_FULL), piece & 1)
         for pair in range(position, stop):
             parity = step & 1
-            if ABLATE == 2:
-                mbarrier.wait(bars.index(_FULL + 2 * WHICH), parity)
-                mbarrier.wait(bars.index(_FULL + 2 * WHICH + 1), parity)
-                mbarrier.wait(bars.index(_FULL + 2 * OTHER + WHICH), parity)
-                mbarrier.arrive(bars.index(_Q_EMPTY), pred=pair + 1 == stop)
-                if WHICH == 0:
-                    mbarrier.arrive(bars.index(_EMPTY))
-                    mbarrier.arrive(bars.index(_EMPTY + 2))
+            # A zero that the compiler does not know: else it keeps what describes shared memory to the products
+            # in registers over the loop, and spills.
+            zero = gl.inline_asm_elementwise(
+                "and.b32 $0, $1, 0;", "=r,r", [step], dtype=gl.int32, is_pure=False, pack=1
+            )
+            score = gl.full([64, 64], 0.0, gl.float32, layout=_SCORES)
+            mbarrier.wait(bars.index(_FULL + 2 * WHICH), parity)
+            fence_async_shared()
+            first = latent.index(zero + 2 * WHICH).permute([1, 0])
+            score = warpgroup_mma(query.index(zero + 0), first, score, use_acc=False, is_async=True)
+            mbarrier.wait(bars.index(_FULL + 2 * WHICH + 1), parity)
+            fence_async_shared()
+            second = latent.index(zero + 2 * WHICH + 1).permute([1, 0])
+            score = warpgroup_mma(query.index(zero + 1), second, score, is_async=True)
+            rotated = rope.index(zero + WHICH).permute([1, 0])
+            score = warpgroup_mma(query_rope.index(zero), rotated, score, is_async=True)
+            score = warpgroup_mma_wait(0, deps=[score])
+            mbarrier.arrive(bars.index(_Q_EMPTY), pred=pair + 1 == stop)
+            score = score * log2_scale
+            score = gl.where((pair * 128 + WHICH * 64 + column < seq_len)[None, :], score, float("-inf"))
+            highest = gl.max(score, axis=1)
+            if WHICH == 0:
+                higher = gl.maximum(top, highest)
+                shrink = gl.exp2(top - higher)
+            else:
+                mbarrier.wait(bars.index(_P), parity)
+                top = stats.index(0).load(by_row)
+                shrink_a = stats.index(1).load(by_row)
+                higher = gl.maximum(top, highest)
+                shrink = gl.exp2(top - higher)
+            p = gl.exp2(score - higher[:, None])
+            stats.index(2 * WHICH).store(higher)
+            stats.index(2 * WHICH + 1).store(shrink)
+            rope.index(zero + WHICH).store(p.to(dtype))
+            fence_async_shared()
+            mbarrier.arrive(bars.index(_P + WHICH))
+            if WHICH == 0:
+                total = total * shrink + gl.sum(p, axis=1)
+                acc = acc * gl.convert_layout(shrink, by_sum)[:, None]
+                acc = warpgroup_mma(rope.index(zero + 0), latent.index(zero + 0), acc, is_async=True)
+                mbarrier.wait(bars.index(_P + 1), parity)
+                top = stats.index(2).load(by_row)
+                shrink_b = stats.index(3).load(by_row)
+                total = total * shrink_b
+                acc = warpgroup_mma_wait(0, deps=[acc])
+                mbarrier.arrive(bars.index(_EMPTY))
                 mbarrier.arrive(bars.index(_EMPTY + 1))
+                acc = acc * gl.convert_layout(shrink_b, by_sum)[:, None]
+                mbarrier.wait(bars.index(_FULL + 2), parity)
+                fence_async_shared()
+                acc = warpgroup_mma(rope.index(zero + 1), latent.index(zero + 2), acc, is_async=True)
+                acc = warpgroup_mma_wait(0, deps=[acc])
+                mbarrier.arrive(bars.index(_EMPTY + 2))
                 mbarrier.arrive(bars.index(_EMPTY + 3))
             else:
-                if OPAQUE:
-                    zero = gl.inline_asm_elementwise("and.b32 $0, $1, 0;", "=r,r", [step], dtype=gl.int32, is_pure=False, pack=1)
-                else:
-                    zero = 0
-                score = gl.full([64, 64], 0.0, gl.float32, layout=_SCORES)
-                mbarrier.wait(bars.index(_FULL + 2 * WHICH), parity)
+                top = higher
+                total = total * shrink_a * shrink + gl.sum(p, axis=1)
+                acc = acc * gl.convert_layout(shrink_a, by_sum)[:, None]
+                mbarrier.wait(bars.index(_FULL + 1), parity)
                 fence_async_shared()
-                score = warpgroup_mma(
-                    query.index(zero + 0), latent.index(zero + 2 * WHICH).permute([1, 0]), score, use_acc=False, is_async=True
-                )
-                mbarrier.wait(bars.index(_FULL + 2 * WHICH + 1), parity)
-                fence_async_shared()
-                score = warpgroup_mma(query.index(zero + 1), latent.index(zero + 2 * WHICH + 1).permute([1, 0]), score, is_async=True)
-                score = warpgroup_mma(query_rope.index(zero), rope.index(zero + WHICH).permute([1, 0]), score, is_async=True)
-                score = warpgroup_mma_wait(0, deps=[score])
-                mbarrier.arrive(bars.index(_Q_EMPTY), pred=pair + 1 == stop)
-                score = score * log2_scale
-                score = gl.where((pair * 128 + WHICH * 64 + column < seq_len)[None, :], score, float("-inf"))
-                highest = gl.max(score, axis=1)
-                if WHICH == 0:
-                    higher = gl.maximum(top, highest)
-                    shrink = gl.exp2(top - higher)
-                else:
-                    mbarrier.wait(bars.index(_P), parity)
-                    top = stats.index(0).load(by_row)
-                    shrink_a = stats.index(1).load(by_row)
-                    higher = gl.maximum(top, highest)
-                    shrink = gl.exp2(top - higher)
-                p = gl.exp2(score - higher[:, None])
-                stats.index(2 * WHICH).store(higher)
-                stats.index(2 * WHICH + 1).store(shrink)
-                rope.index(zero + WHICH).store(p.to(dtype))
-                fence_async_shared()
-                mbarrier.arrive(bars.index(_P + WHICH))
-                if WHICH == 0:
-                    total = total * shrink + gl.sum(p, axis=1)
-                    acc = acc * gl.convert_layout(shrink, by_sum)[:, None]
-                    acc = warpgroup_mma(rope.index(zero + 0), latent.index(zero + 0), acc, is_async=True)
-                    mbarrier.wait(bars.index(_P + 1), parity)
-                    top = stats.index(2).load(by_row)
-                    shrink_b = stats.index(3).load(by_row)
-                    total = total * shrink_b
-                    acc = warpgroup_mma_wait(0, deps=[acc])
-                    mbarrier.arrive(bars.index(_EMPTY))
-                    mbarrier.arrive(bars.index(_EMPTY + 1))
-                    acc = acc * gl.convert_layout(shrink_b, by_sum)[:, None]
-                    mbarrier.wait(bars.index(_FULL + 2), parity)
-                    fence_async_shared()
-                    acc = warpgroup_mma(rope.index(zero + 1), latent.index(zero + 2), acc, is_async=True)
-                    acc = warpgroup_mma_wait(0, deps=[acc])
-                    mbarrier.arrive(bars.index(_EMPTY + 2))
-                    mbarrier.arrive(bars.index(_EMPTY + 3))
-                else:
-                    top = higher
-                    total = total * shrink_a * shrink + gl.sum(p, axis=1)
-                    acc = acc * gl.convert_layout(shrink_a, by_sum)[:, None]
-                    mbarrier.wait(bars.index(_FULL + 1), parity)
-                    fence_async_shared()
-                    acc = warpgroup_mma(rope.index(zero + 0), latent.index(zero + 1), acc, is_async=True)
-                    acc = warpgroup_mma_wait(0, deps=[acc])
-                    mbarrier.arrive(bars.index(_EMPTY + 1))
-                    acc = acc * gl.convert_layout(shrink, by_sum)[:, None]
-                    acc = warpgroup_mma(rope.index(zero + 1), latent.index(zero + 3), acc, is_async=True)
-                    acc = warpgroup_mma_wait(0, deps=[acc])
-                    mbarrier.arrive(bars.index(_EMPTY + 3))
+                acc = warpgroup_mma(rope.index(zero + 0), latent.index(zero + 1), acc, is_async=True)
+                acc = warpgroup_mma_wait(0, deps=[acc])
+                mbarrier.arrive(bars.index(_EMPTY + 1))
+                acc = acc * gl.convert_layout(shrink, by_sum)[:, None]
+                acc = warpgroup_mma(rope.index(zero + 1), latent.index(zero + 3), acc, is_async=True)
+                acc = warpgroup_mma_wait(0, deps=[acc])
+                mbarrier.arrive(bars.index(_EMPTY + 3))
             step += 1
 
         stats.index(4 + WHICH).store(total)
@@ -222,7 +243,7 @@ def _consume(
         row_sum = head + gl.arange(0, 64, layout=by_sum)
         dim = WHICH * HALF + gl.arange(0, HALF, layout=gl.SliceLayout(0, _SUMS))
         whole = (position == 0) & (stop == pairs)
-        if SPLIT:
+        if SPLIT:  # noqa: SIM102
             if (WHICH == 0) & (head == 0) & (position == 0):
                 others = gl.where(whole, 0, (line + pairs - 1) // share - index)
                 gl.store(pieces_ptr + request * 2, index + 1)
@@ -252,8 +273,6 @@ def mla_decode_hopper_kernel(
     query_stride, query_head_stride, query_rope_stride, query_rope_head_stride, cache_block_stride, block_table_stride,
     out_stride, num_reqs, shares, scale,
     HEADS: gl.constexpr, BLOCK_SIZE: gl.constexpr, SPLIT: gl.constexpr, REQS: gl.constexpr,
-    CONSUMER_REGS: gl.constexpr, PRODUCER_REGS: gl.constexpr, OPAQUE: gl.constexpr,
-    ABLATE: gl.constexpr,
 ):
     HEAD_TILES: gl.constexpr = HEADS // ROWS
     index = gl.program_id(0) // HEAD_TILES
@@ -304,15 +323,15 @@ def mla_decode_hopper_kernel(
         [
             (_consume, (0, query, query_rope, latent, rope, stats, bars,
                 seq_lens_ptr, out_ptr, lse_ptr, partial_ptr, partial_lse_ptr, pieces_ptr,
-                out_stride, scale, head, request, position, todo, index, share, shares, HEADS, SPLIT, OPAQUE, ABLATE)),
+                out_stride, scale, head, request, position, todo, index, share, shares, HEADS, SPLIT)),
             (_consume, (1, query, query_rope, latent, rope, stats, bars,
                 seq_lens_ptr, out_ptr, lse_ptr, partial_ptr, partial_lse_ptr, pieces_ptr,
-                out_stride, scale, head, request, position, todo, index, share, shares, HEADS, SPLIT, OPAQUE, ABLATE)),
+                out_stride, scale, head, request, position, todo, index, share, shares, HEADS, SPLIT)),
             (_produce, (query, query_rope, latent, rope, bars,
                 query_ptr, query_rope_ptr, cache_ptr, block_table_ptr, seq_lens_ptr,
                 query_stride, query_head_stride, query_rope_stride, query_rope_head_stride,
-                cache_block_stride, block_table_stride, head, request, position, todo, BLOCK_SIZE, ABLATE)),
+                cache_block_stride, block_table_stride, head, request, position, todo, BLOCK_SIZE)),
         ],
         [4, 4],
-        [CONSUMER_REGS, PRODUCER_REGS],
+        [_CONSUMER_REGISTERS, _PRODUCER_REGISTERS],
     )

@@ -183,6 +183,35 @@ def _unlike(gating_output: torch.Tensor, bias: torch.Tensor | None) -> str:
 
 
 @functools.cache
+def bind_routing(
+    routing: Routing, dtype: torch.dtype, bias_dtype: torch.dtype | None, device: int
+) -> Callable[[int, int, int, int, int, int], None]:
+    """`grouped_topk` by addresses, for those who have checked their tensors.
+
+    route(logits_at, logits_stride, bias_at, weights_at, ids_at, num_tokens); bias_at is 0 without one.
+    """
+    if reason := _never(routing, bias_dtype is not None):
+        raise Refused(reason)
+    factor = float(routing.routed_scaling_factor)
+
+    @functools.cache
+    def launch_for(aligned: bool) -> Launch:
+        return launcher(_build(routing, dtype, bias_dtype, aligned), device)
+
+    aligned_launch = launch_for(True)
+
+    def route(
+        logits_at: int, logits_stride: int, bias_at: int, weights_at: int, ids_at: int, num_tokens: int
+    ) -> None:
+        launch = aligned_launch
+        if (logits_at | bias_at | weights_at | ids_at | logits_stride) & 15:
+            launch = launch_for(False)
+        launch(num_tokens, logits_at, bias_at, weights_at, ids_at, logits_stride, factor)
+
+    return route
+
+
+@functools.cache
 def bind_grouped_topk(
     routing: Routing, dtype: torch.dtype, bias_dtype: torch.dtype | None, device: int
 ) -> Callable[[torch.Tensor, torch.Tensor | None], tuple[torch.Tensor, torch.Tensor]]:
@@ -192,13 +221,8 @@ def bind_grouped_topk(
     """
     if reason := _never(routing, bias_dtype is not None):
         raise Refused(reason)
-    experts, topk, factor = routing.num_experts, routing.topk, float(routing.routed_scaling_factor)
-
-    @functools.cache
-    def launch_for(aligned: bool) -> Launch:
-        return launcher(_build(routing, dtype, bias_dtype, aligned), device)
-
-    aligned_launch = launch_for(True)
+    experts, topk = routing.num_experts, routing.topk
+    route = bind_routing(routing, dtype, bias_dtype, device)
     empty_weights, empty_ids = allocator(device, torch.float32), allocator(device, torch.int32)
 
     def call(gating_output: torch.Tensor, bias: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -219,11 +243,7 @@ def bind_grouped_topk(
             bias_at = bias.data_ptr()
         tokens, stride = shape[0], strides[0]
         weights, ids = empty_weights(tokens, topk), empty_ids(tokens, topk)
-        logits_at, weights_at, ids_at = gating_output.data_ptr(), weights.data_ptr(), ids.data_ptr()
-        launch = aligned_launch
-        if (logits_at | bias_at | weights_at | ids_at | stride) & 15:
-            launch = launch_for(False)
-        launch(tokens, logits_at, bias_at, weights_at, ids_at, stride, factor)
+        route(gating_output.data_ptr(), stride, bias_at, weights.data_ptr(), ids.data_ptr(), tokens)
         return weights, ids
 
     return call

@@ -53,10 +53,10 @@ def unknown_field(metadata: Any, known: set[str]) -> str | None:
     return None
 
 
-def _capturing() -> bool:
+def capturing() -> bool:
     import torch
 
-    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+    return torch.cuda.is_initialized() and torch._C._cuda_isCurrentStreamCapturing()
 
 
 def _transfers_kv() -> bool:
@@ -88,7 +88,7 @@ def make_step(read: Callable[[Any], Paged], metadata: Any, slot_mapping: Any, po
         raise Refused(f"seq_lens {seq_lens.dtype}, not contiguous int32")
     if block_table.dtype is not torch.int32 or block_table.stride(1) != 1:
         raise Refused(f"block_table {block_table.dtype} of strides {block_table.stride()}, not rows of int32")
-    if _capturing():
+    if capturing():
         raise Refused("a CUDA graph is being captured, and the next step's batch is another")
     if _transfers_kv():
         raise Refused("a KV connector waits for every layer")

@@ -127,12 +127,6 @@ def layer_refuses(layer: Any) -> str | None:
 # One layer's launches
 
 
-def _steady(count: int) -> int:
-    """Rounded down to three binary digits: a context that grows changes it seldom, and a recording is for one."""
-    unit = 1 << max(count.bit_length() - 3, 0)
-    return count // unit * unit
-
-
 class Block(NamedTuple):
     """An attention block, settled."""
 
@@ -230,7 +224,7 @@ def bind_block(layer: Any, hidden_states: Any) -> Block:
         block_stride = strides[0]
 
     def facts(step: Step) -> tuple[int, ...]:
-        return _steady(shares(step.num_requests, heads, step.max_seq_len, device)), step.block_table_stride
+        return shares(step.num_requests, heads, step.max_seq_len, device), step.block_table_stride
 
     def launches(
         memory: Memory, rows: int, facts: tuple[int, ...], read_at: tuple[int, ...], cache_at: int, hidden_at: int,
