@@ -77,7 +77,7 @@ class Model:
                 found[name] = numbers[whole.of] * decodes
                 for patch, count in whole.parts.items():
                     found[patch] -= numbers[whole.of] * count * decodes
-        if "moe.mixture" in answering:  # answers whatever has few tokens, short prefills too
+        if MIXTURE in answering:  # answers whatever has few tokens, short prefills too
             found = {patch: count for patch, count in found.items() if patch not in _OF_EXPERTS}
         return {patch: count for patch, count in found.items() if patch in answering}
 
@@ -105,6 +105,7 @@ class Model:
 
 
 # Patches of what happens inside a mixture of experts.
+MIXTURE = "moe.mixture"
 _OF_EXPERTS = {"activation.silu_and_mul", "moe.grouped_topk", "op.silu_and_mul"}
 # Patches of what a prefill does not call.
 _DECODES_ONLY = {"mla.triton_decode"}

@@ -75,7 +75,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script, this file is in no package
 
 from benchmarks import measure
-from benchmarks.models import MODELS, Model
+from benchmarks.models import MIXTURE, MODELS, Model
 
 PROMPT = 64
 WARMUP = 8  # steps of a burst that are not timed, the prefill among them
@@ -678,7 +678,7 @@ def wrong_hits(model: Model, found: dict[str, dict[str, Any]], off: set[str]) ->
     """
     problems = []
     for case, each in found.items():
-        answering = (set(model.calls) - off) | (set(model.wholes) & set(each["hits"]))
+        answering = (set(model.calls) - off) | ({*model.wholes, MIXTURE} & set(each["hits"]))
         for patch, count in model.expected(each["steps"] - 1, answering).items() if case != "mixed" else ():
             got = each["hits"].get(patch, 0)
             if got != count:
