@@ -307,7 +307,8 @@ def forced(
         run(greedy)
     hits = {patch: count - before.get(patch, 0) for patch, count in count_hits().items()}
     torch.save(torch.cat(kept.kept), Path(spec["out"]) / f"{spec['name']}-{name}.pt")
-    return {"steps": len(kept.kept), "hits": {patch: count for patch, count in hits.items() if count}}
+    sizes = [each.shape[0] for each in kept.kept]
+    return {"steps": len(sizes), "rows": sizes, "hits": {patch: count for patch, count in hits.items() if count}}
 
 
 def verify(llm: Any, spec: dict[str, Any], case: str) -> dict[str, Any]:
@@ -493,6 +494,24 @@ def agreement(ours: Iterable[Sequence[int]], others: Iterable[Sequence[int]]) ->
     }
 
 
+def order_like(stock: torch.Tensor, reference: torch.Tensor, sizes: list[int]) -> torch.Tensor:
+    """Which row of stock's logits is the same request's as each of the reference's; sizes: rows of each step.
+
+    Backends may put a batch's decoding requests first. The logits of two requests are far from each other, so that the
+    nearest row is the right one; where that names a row twice, the order stays. Ours runs on stock's backend, and must
+    have its order.
+    """
+    found, first = [], 0
+    for size in sizes:
+        step = slice(first, first + size)
+        nearest = torch.cdist(reference[step].float(), stock[step].float()).argmin(dim=1)
+        if len(nearest.unique()) < size:
+            nearest = torch.arange(size)
+        found.append(first + nearest)
+        first += size
+    return torch.cat(found)
+
+
 def limits(rows: int, routed: bool) -> dict[str, float]:
     """How many times stock's error ours may be, by what is compared."""
     if not routed:
@@ -517,6 +536,8 @@ def compare(out: Path, mode: str, case: str, results: dict[str, dict[str, Any]],
     if tokens[ours]:
         found["tokens_ours_to_stock"] = agreement(tokens[ours], tokens[stock])
     if reference:
+        order = order_like(logits[stock], logits[reference], results[reference]["verified"][case]["rows"])
+        logits |= {name: logits[name][order] for name in (stock, ours)}
         found["ours_to_float32"] = distance(logits[ours], logits[reference])
         found["stock_to_float32"] = distance(logits[stock], logits[reference])
         if tokens[ours]:
