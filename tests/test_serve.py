@@ -141,6 +141,8 @@ def test_requests_are_compared_with_themselves_whatever_their_order_in_a_step() 
         (200, 1.0, 20, True, False),  # but not in every tenth row
         (200, 1.2, 0, True, False),
         (9, 1.2, 3, True, True),  # too few to tell a rate
+        (9, 1.0, 9, True, False),
+        (200, float("nan"), 0, True, False),
         (9, 2.5, 0, True, False),
     ],
 )
