@@ -51,7 +51,10 @@ def test_whole_blocks_take_over_the_calls_of_their_parts() -> None:
     }  # fmt: skip
     blocks = model.expected(3, {*model.calls, *model.wholes})
     assert blocks == {
-        **parts, "layernorm.rms_norm": 4 * (27 * 2 + 1) + 27, "rotary.deepseek_scaling": 27, "mla.triton_decode": 0,
+        **parts,
+        "layernorm.rms_norm": 4 * (27 * 2 + 1) + 27,
+        "rotary.deepseek_scaling": 27,
+        "mla.triton_decode": 0,
         "mla.decode_step": 3 * 27,
     }
     experts = {"activation.silu_and_mul", "moe.grouped_topk", "op.silu_and_mul"}
@@ -115,7 +118,17 @@ def compared(folder: Path, rows: int, ours: float, far_rows: int, routed: bool) 
                          ("ours-eager-0", reference + 1e-2 * off * noise.flip(0))):  # fmt: skip
         torch.save(logits, folder / f"{name}-1.pt")
     names = ("float32", "stock-eager-0", "ours-eager-0")
-    return serve.compare(folder, "eager", "1", {name: {"verified": {"1": {}}} for name in names}, routed)
+    return serve.compare(folder, "eager", "1", {name: {"verified": {"1": {"rows": [rows]}}} for name in names}, routed)
+
+
+def test_requests_are_compared_with_themselves_whatever_their_order_in_a_step() -> None:
+    torch.manual_seed(0)
+    reference = torch.randn(6, 100)
+    order = torch.tensor([2, 0, 1, 3, 5, 4])
+    stock = torch.empty_like(reference)
+    stock[order] = reference + 1e-2
+    assert torch.equal(serve.order_like(stock, reference, [3, 1, 2]), order)
+    assert torch.equal(serve.order_like(stock[:1].expand(6, -1), reference, [6]), torch.arange(6))
 
 
 @pytest.mark.parametrize(
@@ -128,6 +141,8 @@ def compared(folder: Path, rows: int, ours: float, far_rows: int, routed: bool) 
         (200, 1.0, 20, True, False),  # but not in every tenth row
         (200, 1.2, 0, True, False),
         (9, 1.2, 3, True, True),  # too few to tell a rate
+        (9, 1.0, 9, True, False),
+        (200, float("nan"), 0, True, False),
         (9, 2.5, 0, True, False),
     ],
 )
