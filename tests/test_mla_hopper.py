@@ -221,10 +221,9 @@ def test_every_pair_is_of_one_program_and_every_piece_is_found(
             done += piece
             whole = position == 0 and stop == pairs
             if position == 0:
-                others = 0 if whole else (at + pairs - 1) // share - index
-                found[request] = index + 1, 0 if whole else 2 * others + 1
+                found[request] = index + 1, int(mla_decode_hopper._pieces.fn(whole, at, pairs, share, index))
             if not whole:
-                place = count + index + 1 if position == 0 else index
+                place = int(mla_decode_hopper._place.fn(position, index, count))
                 assert place not in placed
                 assert place < 2 * count
                 placed[place] = piece

@@ -90,6 +90,22 @@ def _share(seq_lens_ptr, num_reqs, shares, index, REQS: gl.constexpr):
 
 
 @gluon.jit
+def _pieces(whole, line, pairs, share, index):
+    """What the merge is told of a request of `pairs` that begins at `line`, in share `index`: 0 if it is whole, else
+    twice the number of pieces after the first, and one. The first counts as the rest, which has a place of its own.
+    """
+    others = gl.where(whole, 0, (line + pairs - 1) // share - index)
+    return gl.where(whole, 0, 2 * others + 1)
+
+
+@gluon.jit
+def _place(position, index, shares):
+    """Of what share `index` has of a request, from pair `position` on. A share has at most one piece that begins its
+    request and one that goes on with it; the merge looks for the one that begins it at `shares` and `index + 1`."""
+    return gl.where(position == 0, shares + index + 1, index)
+
+
+@gluon.jit
 def _page(pages_ptr, first, row, stop, BLOCK_SIZE: gl.constexpr):
     """Of each row of the tile that begins with token `first`, none of which is `stop` or beyond."""
     token = first + row
@@ -271,9 +287,8 @@ def _consume(
         whole = (position == 0) & (stop == pairs)
         if SPLIT:  # noqa: SIM102
             if (WHICH == 0) & (head == 0) & (position == 0):
-                others = gl.where(whole, 0, (line + pairs - 1) // share - index)
                 gl.store(pieces_ptr + request * 2, index + 1)
-                gl.store(pieces_ptr + request * 2 + 1, gl.where(whole, 0, 2 * others + 1))
+                gl.store(pieces_ptr + request * 2 + 1, _pieces(whole, line, pairs, share, index))
         if whole:
             out_at = out_ptr + request.to(gl.int64) * out_stride
             gl.store(out_at + (row_sum * LATENT)[:, None] + dim[None, :], result.to(dtype))
@@ -281,7 +296,7 @@ def _consume(
                 gl.store(lse_ptr + request * HEADS + row, lse * LN2)
         else:
             if SPLIT:
-                place = gl.where(position == 0, shares + index + 1, index).to(gl.int64) * HEADS
+                place = _place(position, index, shares).to(gl.int64) * HEADS
                 gl.store(partial_ptr + place * LATENT + (row_sum * LATENT)[:, None] + dim[None, :], result)
                 if WHICH == 0:
                     gl.store(partial_lse_ptr + place + row, lse)
