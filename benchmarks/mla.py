@@ -3,8 +3,9 @@
     python benchmarks/mla.py [--out DIR]
 
 Writes the record `mla_decode`: GPU time of each, bfloat16, pages of 64 tokens, heads of 512 and 64 elements, the same
-inputs for all three, and the relative Frobenius error of each against float64. FlashMLA's schedule is computed once,
-outside of what is timed, as vLLM computes it once a step; ours is part of its kernel. Needs a GPU and vLLM.
+inputs for all three, which of our kernels it was, and the relative Frobenius error of each against float64.
+FlashMLA's schedule is computed once, outside of what is timed, as vLLM computes it once a step; ours is part of its
+kernel. Needs a GPU and vLLM.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import torch
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
 from benchmarks import measure
-from vllm_gems.kernels.mla_decode import mla_decode, mla_decode_reference
+from vllm_gems.kernels.mla_decode import Latents, hopper_refuses, mla_decode, mla_decode_reference
 from vllm_gems.kernels.paged import pages_for, random_pages
 from vllm_gems.tuning.timing import gpu_us
 
@@ -95,6 +96,7 @@ def compare(num_heads: int, title: str, seq_lens: tuple[int, ...]) -> dict[str, 
     return {
         "case": {"heads": num_heads, "requests": len(seq_lens), "tokens": title},
         "unit": "us",
+        "kernel": "portable" if hopper_refuses(Latents(num_heads, LATENT, ROPE, PAGE), torch.bfloat16, 0) else "hopper",
         "ours": round(us["ours"], 1),
         "against": {name: round(us[name], 1) for name in sides if name != "ours"},
         "tb_per_s": round(nbytes / us["ours"] / 1e6, 2),
@@ -114,7 +116,13 @@ def main() -> None:
         row = compare(*point)
         rows.append(row)
         ratios = ", ".join(f"{name} {us:.1f} ({row['ours'] / us:.2f})" for name, us in row["against"].items())
-        print(*row["case"].values(), f"ours {row['ours']:.1f} us, {ratios}", row["errors"], sep="; ", flush=True)
+        print(
+            *row["case"].values(),
+            f"ours ({row['kernel']}) {row['ours']:.1f} us, {ratios}",
+            row["errors"],
+            sep="; ",
+            flush=True,
+        )
     print(measure.record("mla_decode", rows, folder=args.out, commit=args.commit))
 
 

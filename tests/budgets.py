@@ -69,6 +69,8 @@ REGISTERS: dict[str, Registers] = {
     # Sums of 16 heads of 512 elements on four warps are 64, beside operands on their way from shared memory: two
     # programs an SM, whose tiles are what it needs on its way. AMD: all that four waves have, whose tiles are in them.
     "_mla_decode_kernel": Registers(240, 512),
+    # What an SM has, by the twelve warps of its only program: each group of four then takes more or fewer, as it needs.
+    "mla_decode_hopper_kernel": Registers(168, 0),
     # Four pieces of a head on one warp, 64 elements a thread, with their addresses: 20 warps. AMD: 8 waves.
     "_mla_merge_kernel": Registers(96, 64),
     # Sixteen ranges of four logits a thread are 64 sums, of which what goes is compared: two programs of eight warps.

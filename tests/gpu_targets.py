@@ -17,13 +17,15 @@ import sys
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 from budgets import DEVICES
 from triton.backends.compiler import GPUTarget
 
 from vllm_gems.catalog import catalog
-from vllm_gems.launch import Build, compile_for
+from vllm_gems.kernels.mla_decode import GLUON, MLA_DECODE, Latents, hopper_build
+from vllm_gems.launch import Build, compile_for, triton_release
 from vllm_gems.nouns import Kernel
 
 MODELS_ON = "sm_90"  # where kernels are tuned and timed
@@ -100,13 +102,30 @@ def representatives(jobs: Iterable[Job], target: str) -> list[Job]:
     return list(chosen.values())
 
 
+def hopper_jobs() -> list[Job]:
+    """What `mla_decode` launches on Hopper alone, which no other architecture has the instructions for.
+
+    With the release of Triton that it is launched with all pages, with others those that do not spill there.
+    """
+    dtypes, pages = MLA_DECODE.dtypes, (16, 32, 64, 128) if triton_release() == GLUON else (64,)
+    return [
+        Job(
+            hopper_build(Latents(heads, 512, 64, page), dtype, split), [MLA_DECODE.name],
+            f"for Hopper, {heads} heads, pages of {page}, {split=}", str(dtype).removeprefix("torch."), dtypes, False,
+        )
+        for page in pages
+        for heads, dtype in ((128, torch.bfloat16), (64, torch.float16))
+        for split in (True, False)
+    ]  # fmt: skip
+
+
 def jobs_for(target: str) -> list[Job]:
     """What is compiled for `target`."""
     jobs = every_job(catalog().kernels.values())
     if target != MODELS_ON:
         return representatives(jobs, target)
     of_models = [job for job in jobs if job.bench and job.build.aligned and job.dtype == job.dtypes[-1]]
-    return list({job.build: job for job in (*of_models, *representatives(jobs, target))}.values())
+    return list({job.build: job for job in (*of_models, *representatives(jobs, target), *hopper_jobs())}.values())
 
 
 @triton.jit

@@ -60,3 +60,43 @@ def test_results_and_logarithms(name: str, heads: int, dtype: torch.dtype, page:
     assert bool((out[~live] == 0).all())
     assert bool((lse[~live] == float("-inf")).all())
     assert torch.equal(out, again)
+
+
+def test_a_graph_is_replayed_on_other_lengths() -> None:
+    """As vLLM does: captured for the longest requests that there may be, in pages that come later."""
+    if reason := hopper_refuses(Latents(128, LATENT, ROPE, 64), torch.bfloat16, 0):
+        pytest.skip(reason)
+    torch.manual_seed(0)
+    longest, fresh = 8192, inputs_for(128, (5000, 0, 1, 129, 64, 8192, 2), torch.bfloat16, 64)
+    fixed = {name: x.clone() for name, x in inputs_for(128, (8192,) * 7, torch.bfloat16, 64).items()}
+    pages, table = fresh["kv_cache"].shape[0], fresh["block_table"].shape[1]
+    want = mla_decode(**fresh, scale=SCALE, latent=LATENT, max_seq_len=longest)  # compiles, too
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out, lse = mla_decode(**fixed, scale=SCALE, latent=LATENT, max_seq_len=longest)
+    out.fill_(torch.nan)
+    lse.fill_(torch.nan)
+    fixed["query"].copy_(fresh["query"])
+    fixed["kv_cache"][:pages] = fresh["kv_cache"]
+    fixed["block_table"][:, :table] = fresh["block_table"]
+    fixed["seq_lens"].copy_(fresh["seq_lens"])
+    for _ in range(2):
+        graph.replay()
+    torch.cuda.synchronize()
+    assert torch.equal(out, want[0])
+    assert torch.equal(lse, want[1])
+
+
+def test_pages_apart_and_results_in_a_wider_tensor() -> None:
+    if reason := hopper_refuses(Latents(64, LATENT, ROPE, 64), torch.bfloat16, 0):
+        pytest.skip(reason)
+    torch.manual_seed(0)
+    inputs = inputs_for(64, (300, 0, 4000), torch.bfloat16, 64)
+    want, logarithms = mla_decode(**inputs, scale=SCALE, latent=LATENT)
+    apart = torch.full((inputs["kv_cache"].shape[0], 2, 64, LATENT + ROPE), torch.inf, device="cuda").bfloat16()
+    apart[:, 0] = inputs["kv_cache"]
+    wider = torch.full((3, 2, 64, LATENT), 7.0, device="cuda").bfloat16()
+    out, lse = mla_decode(**inputs | {"kv_cache": apart[:, 0]}, scale=SCALE, latent=LATENT, out=wider[:, 1])
+    assert torch.equal(out, want)
+    assert torch.equal(lse, logarithms)
+    assert bool((wider[:, 0] == 7.0).all())

@@ -383,8 +383,9 @@ def _never(latents: Latents, dtype: torch.dtype) -> str | None:
     return None
 
 
-# The release of Triton whose Gluon the Hopper kernel was written against and run with.
-_GLUON = (3, 6)
+# The release of Triton whose Gluon the Hopper kernel was written against and run with. 3.9 compiles it, too, but was
+# never run, and without SPLIT it spills for pages of 16 and of 128 tokens.
+GLUON = (3, 6)
 
 
 @functools.cache
@@ -395,8 +396,8 @@ def hopper_refuses(latents: Latents, dtype: torch.dtype, device: int) -> str | N
         return "no GPU runs it"
     if torch.version.hip is not None or torch.cuda.get_device_capability(device)[0] != 9:
         return "the GPU is no Hopper"
-    if triton_release() != _GLUON:
-        return f"Triton is {triton.__version__}, whose Gluon may be another than that of {_GLUON[0]}.{_GLUON[1]}"
+    if triton_release() != GLUON:
+        return f"Triton is {triton.__version__}, whose Gluon may be another than that of {GLUON[0]}.{GLUON[1]}"
     if dtype not in (torch.float16, torch.bfloat16):
         return f"query has dtype {dtype}, not float16 or bfloat16"
     if num_heads % 64:

@@ -24,6 +24,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+# Its name in Triton 3.9, or else that in 3.6.
+_load_to_shared = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
+
 ROWS = gl.constexpr(64)
 LATENT = gl.constexpr(512)
 HALF = gl.constexpr(256)
@@ -64,6 +67,45 @@ def _pairs_of(seq_lens_ptr, base, num_reqs, REQS: gl.constexpr):
 
 
 @gluon.jit
+def _share(seq_lens_ptr, num_reqs, shares, index, REQS: gl.constexpr):
+    """(pairs of a share, the request that share `index` begins in, with which of its pairs, how many pairs it has, none
+    if that is below 1)."""
+    total = 0
+    for base in range(0, num_reqs, REQS):
+        total += gl.sum(_pairs_of(seq_lens_ptr, base, num_reqs, REQS), axis=0)
+    share = (total + shares - 1) // shares
+    start = index * share
+    todo = gl.minimum(total - start, share)
+    request = 0
+    before = 0
+    end = 0
+    for base in range(0, num_reqs, REQS):
+        pairs = _pairs_of(seq_lens_ptr, base, num_reqs, REQS)
+        ends = end + gl.associative_scan(pairs, 0, _plus)
+        passed = (ends <= start) & (pairs > 0)
+        request += gl.sum(passed.to(gl.int32), axis=0)
+        before = gl.maximum(before, gl.max(gl.where(passed, ends, 0), axis=0))
+        end += gl.sum(pairs, axis=0)
+    return share, request, start - before, todo
+
+
+@gluon.jit
+def _pieces(whole, line, pairs, share, index):
+    """What the merge is told of a request of `pairs` that begins at `line`, in share `index`: 0 if it is whole, else
+    twice the number of pieces after the first, and one. The first counts as the rest, which has a place of its own.
+    """
+    others = gl.where(whole, 0, (line + pairs - 1) // share - index)
+    return gl.where(whole, 0, 2 * others + 1)
+
+
+@gluon.jit
+def _place(position, index, shares):
+    """Of what share `index` has of a request, from pair `position` on. A share has at most one piece that begins its
+    request and one that goes on with it; the merge looks for the one that begins it at `shares` and `index + 1`."""
+    return gl.where(position == 0, shares + index + 1, index)
+
+
+@gluon.jit
 def _page(pages_ptr, first, row, stop, BLOCK_SIZE: gl.constexpr):
     """Of each row of the tile that begins with token `first`, none of which is `stop` or beyond."""
     token = first + row
@@ -98,9 +140,9 @@ def _produce(
         rope_at = query_rope_ptr + request.to(gl.int64) * query_rope_stride
         rope_at += ((head + row) * query_rope_head_stride)[:, None]
         mbarrier.wait(bars.index(_Q_EMPTY), (piece & 1) ^ 1)
-        async_copy.async_copy_global_to_shared(query.index(0), query_at + dim[None, :])
-        async_copy.async_copy_global_to_shared(query.index(1), query_at + (HALF + dim)[None, :])
-        async_copy.async_copy_global_to_shared(query_rope.index(0), rope_at + dim_rope[None, :])
+        _load_to_shared(query.index(0), query_at + dim[None, :])
+        _load_to_shared(query.index(1), query_at + (HALF + dim)[None, :])
+        _load_to_shared(query_rope.index(0), rope_at + dim_rope[None, :])
         async_copy.mbarrier_arrive(bars.index(_Q_FULL), increment_count=False)
         for pair in range(position, stop):
             parity = (step & 1) ^ 1
@@ -116,13 +158,13 @@ def _produce(
                 else:
                     token_at = in_page + (page.to(gl.int64) * cache_block_stride)[:, None]
                 mbarrier.wait(bars.index(_EMPTY + 2 * tile), parity)
-                async_copy.async_copy_global_to_shared(latent.index(2 * tile), token_at + dim[None, :], mask=live)
+                _load_to_shared(latent.index(2 * tile), token_at + dim[None, :], mask=live)
                 async_copy.mbarrier_arrive(bars.index(_FULL + 2 * tile), increment_count=False)
                 mbarrier.wait(bars.index(_EMPTY + 2 * tile + 1), parity)
-                async_copy.async_copy_global_to_shared(
+                _load_to_shared(
                     latent.index(2 * tile + 1), token_at + (HALF + dim)[None, :], mask=live
                 )
-                async_copy.async_copy_global_to_shared(
+                _load_to_shared(
                     rope.index(tile), token_at + (LATENT + dim_rope)[None, :], mask=live
                 )
                 async_copy.mbarrier_arrive(bars.index(_FULL + 2 * tile + 1), increment_count=False)
@@ -245,9 +287,8 @@ def _consume(
         whole = (position == 0) & (stop == pairs)
         if SPLIT:  # noqa: SIM102
             if (WHICH == 0) & (head == 0) & (position == 0):
-                others = gl.where(whole, 0, (line + pairs - 1) // share - index)
                 gl.store(pieces_ptr + request * 2, index + 1)
-                gl.store(pieces_ptr + request * 2 + 1, gl.where(whole, 0, 2 * others + 1))
+                gl.store(pieces_ptr + request * 2 + 1, _pieces(whole, line, pairs, share, index))
         if whole:
             out_at = out_ptr + request.to(gl.int64) * out_stride
             gl.store(out_at + (row_sum * LATENT)[:, None] + dim[None, :], result.to(dtype))
@@ -255,7 +296,7 @@ def _consume(
                 gl.store(lse_ptr + request * HEADS + row, lse * LN2)
         else:
             if SPLIT:
-                place = gl.where(position == 0, shares + index + 1, index).to(gl.int64) * HEADS
+                place = _place(position, index, shares).to(gl.int64) * HEADS
                 gl.store(partial_ptr + place * LATENT + (row_sum * LATENT)[:, None] + dim[None, :], result)
                 if WHICH == 0:
                     gl.store(partial_lse_ptr + place + row, lse)
@@ -278,23 +319,7 @@ def mla_decode_hopper_kernel(
     index = gl.program_id(0) // HEAD_TILES
     head = gl.program_id(0) % HEAD_TILES * ROWS
     if SPLIT:
-        total = 0
-        for base in range(0, num_reqs, REQS):
-            total += gl.sum(_pairs_of(seq_lens_ptr, base, num_reqs, REQS), axis=0)
-        share = (total + shares - 1) // shares
-        start = index * share
-        todo = gl.minimum(total - start, share)
-        request = 0
-        before = 0
-        end = 0
-        for base in range(0, num_reqs, REQS):
-            pairs = _pairs_of(seq_lens_ptr, base, num_reqs, REQS)
-            ends = end + gl.associative_scan(pairs, 0, _plus)
-            passed = (ends <= start) & (pairs > 0)
-            request += gl.sum(passed.to(gl.int32), axis=0)
-            before = gl.maximum(before, gl.max(gl.where(passed, ends, 0), axis=0))
-            end += gl.sum(pairs, axis=0)
-        position = start - before
+        share, request, position, todo = _share(seq_lens_ptr, num_reqs, shares, index, REQS)
     else:
         share = 0
         request = index
