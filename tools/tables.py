@@ -133,6 +133,19 @@ def linear(record: Record) -> str:
     return markdown(head, rows)
 
 
+def moe_experts(record: Record) -> str:
+    """GPU time and error of experts against vLLM's Triton kernel."""
+    rows = []
+    for row in record["rows"]:
+        ours, stock = row["ours"], row["against"]["vllm_triton"]
+        errors = [f"{row['errors'][side]:.1e}" for side in ("vllm_triton", "ours")]
+        rows.append(
+            (row["case"]["model"], str(row["case"]["num_tokens"]), f"{stock:.1f}", f"{ours:.1f}", f"{ours / stock:.2f}",
+             *errors)
+        )  # fmt: skip
+    return markdown(("model", "tokens", "vLLM, us", "ours, us", "ratio", "vLLM's error", "ours"), rows)
+
+
 def eager_budget(record: Record) -> str:
     """Microseconds of a step by part: vLLM's and ours at each batch size."""
     sides = "vLLM", "vllm-gems"
@@ -167,11 +180,13 @@ TABLES: dict[str, Callable[[Record], str]] = {
     "kernels_gpu": kernels_gpu,
     "host_per_call": host_per_call,
     "serve_eager_dense": serve_eager,
+    "serve_eager_recorded": serve_eager,
     "serve_eager_llama": serve_eager,
     "serve_eager_qwen3": serve_eager,
     "serve_eager_deepseek": serve_eager,
     "linear": linear,
     "mla_decode": mla_decode,
+    "moe_experts": moe_experts,
     "eager_budget": eager_budget,
     "deepseek_budget": eager_budget,
     "vllm_suite": vllm_suite,
