@@ -5,8 +5,9 @@
 Every model runs in float32 as PyTorch has it, which is the reference, and then in each dtype without ("stock") and with
 ("ours") `vllm_gems.use_gems`. Compared are the last hidden states of BERT and the logits of the others, at every token
 that is not padding. In float32 the results must agree within 1e-3, absolute and relative; in half precision within
-1e-3, or by a cosine of at least 0.99 at the worst token. LLaMA generates besides, `num_beams=5` up to --max-length tokens, with and
-without: in float32 the tokens must be the same, in half precision two right kernels may round apart, and it is only said.
+1e-3, or by a cosine of at least 0.99 at the worst token. LLaMA generates besides, with five beams and up to
+--max-length tokens, with and without: in float32 the tokens must be the same; in half precision two right kernels may
+round apart, and it is only said.
 
 Without --path the weights are random, in the public shapes (bert-base, LLaMA-2-7B, LLaVA-1.5-7B), or tiny with --tiny.
 Exits with 1 if anything is not as it should be, and that is also so if nothing of ours ran or a kernel failed. --record
@@ -26,13 +27,13 @@ from typing import Any
 
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
-if str(ROOT) not in sys.path:
-    sys.path.insert(0, str(ROOT))
+sys.path.append(str(Path(__file__).resolve().parent.parent))
+sys.path.append(str(Path(__file__).resolve().parent.parent / "tools"))
 
-import vllm_gems  # noqa: E402
-from tools import hf_models  # noqa: E402
-from tools.hf_models import Subject  # noqa: E402
+import hf_models
+from hf_models import Subject
+
+import vllm_gems
 
 DTYPES = ("float32", "float16", "bfloat16")
 CLOSE = 1e-3
@@ -91,9 +92,7 @@ def generated(subject: Subject, model: Any, max_length: int) -> torch.Tensor | N
     """The tokens of beam search."""
     if not subject.generates:
         return None
-    return model.generate(
-        **subject.inputs_for(model.dtype), max_length=max_length, num_beams=5, do_sample=False
-    )
+    return model.generate(**subject.inputs_for(model.dtype), max_length=max_length, num_beams=5, do_sample=False)
 
 
 def worst_cosine(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -157,12 +156,16 @@ def names(text: str) -> list[str]:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=names, default=list(hf_models.SUBJECTS), help="default: all, one after the other")
+    parser.add_argument(
+        "--model", type=names, default=list(hf_models.SUBJECTS), help="default: all, one after the other"
+    )
     parser.add_argument("--path", type=Path, help="a folder with real weights of the one --model")
     parser.add_argument("--include", type=names, help="names or globs of what is replaced; default: the default set")
     parser.add_argument("--exclude", type=names, help="names or globs of what is not")
     parser.add_argument("--dtype", type=names, default=list(DTYPES), help="default: %(default)s")
-    parser.add_argument("--max-length", type=int, default=100, help="tokens of LLaMA, the prompt's counted (%(default)s)")
+    parser.add_argument(
+        "--max-length", type=int, default=100, help="tokens of LLaMA, the prompt's counted (%(default)s)"
+    )
     parser.add_argument("--attention", choices=("sdpa", "eager"), default="sdpa", help="transformers' (%(default)s)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
     parser.add_argument("--tiny", action="store_true", help="small random models")
@@ -182,9 +185,7 @@ def main() -> int:
     rows: list[Row] = []
     for name in args.model:
         print(f"{name} on {args.device} ...", flush=True)
-        subject = hf_models.make(
-            name, args.path, tiny=args.tiny, device=args.device, attention=args.attention
-        )
+        subject = hf_models.make(name, args.path, tiny=args.tiny, device=args.device, attention=args.attention)
         found, table = compare(
             subject,
             lambda: vllm_gems.use_gems(include=args.include, exclude=args.exclude),

@@ -9,19 +9,13 @@ words, for none can be downloaded.
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import tiny_models  # a neighbour of this file
 import torch
-
-ROOT = Path(__file__).resolve().parent.parent
-if str(ROOT) not in sys.path:
-    sys.path.insert(0, str(ROOT))
-
-from tools import tiny_models  # noqa: E402
 
 SENTENCES = (
     "The capital of France is",
@@ -46,9 +40,7 @@ class Subject:
 
     def inputs_for(self, dtype: torch.dtype) -> dict[str, torch.Tensor]:
         """The inputs of a model in `dtype`: pixels in it, tokens as they are."""
-        return {
-            name: value.to(dtype) if value.is_floating_point() else value for name, value in self.inputs.items()
-        }
+        return {name: value.to(dtype) if value.is_floating_point() else value for name, value in self.inputs.items()}
 
 
 # bert-base-uncased
