@@ -131,9 +131,13 @@ def of_vllm(census: Census, name: str, tiny: bool, folder: Path) -> None:
         (path / "config.json").write_text(json.dumps(PUBLIC[public].config))
     from vllm import LLM, SamplingParams
 
+    gpu = torch.cuda.is_available()
+    # The one for latent attention that every CPU has; another, of newer CPUs, does not know float32.
+    attention = {} if gpu or name != "deepseek-v2" else {"attention_backend": "CPU_MLA"}
     llm = LLM(
         str(path),
-        dtype="float32" if tiny else "bfloat16",
+        dtype="bfloat16" if gpu else "float32",
+        **attention,
         load_format="auto" if tiny else "dummy",
         skip_tokenizer_init=True,
         enforce_eager=True,
