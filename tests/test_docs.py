@@ -18,8 +18,8 @@ def test_tables_are_those_of_the_records() -> None:
 
 
 def test_the_reports_speedups_are_those_of_the_records() -> None:
-    for folder in tables.RESULTS.glob("*/"):
-        assert (tables.MEASURED / f"{folder.name}.json").read_text() == tables.speedups(folder.name)
+    for gpu in tables.gpus():
+        assert (tables.MEASURED / f"{gpu}.json").read_text() == tables.speedups(gpu)
 
 
 def test_files_named_in_the_documents_exist() -> None:

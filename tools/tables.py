@@ -26,6 +26,11 @@ MEASURED = ROOT / "vllm_gems" / "measured"
 Record = dict[str, Any]
 
 
+def gpus() -> list[str]:
+    """The folders of records of GPUs; what is counted on a CPU says nothing of speed."""
+    return sorted(path.name for path in RESULTS.glob("*") if path.is_dir() and path.name != "cpu")
+
+
 def load(name: str) -> list[Record]:
     """The records called `name`, of every GPU that has one."""
     return [json.loads(path.read_text()) for path in sorted(RESULTS.glob(f"*/{name}.json"))]
@@ -242,8 +247,8 @@ def main() -> int:
     parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if something would")
     args = parser.parse_args()
     wanted = {document: updated(document.read_text()) for document in DOCUMENTS}
-    for folder in sorted(path for path in RESULTS.glob("*") if path.is_dir()):
-        wanted[MEASURED / f"{folder.name}.json"] = speedups(folder.name)
+    for gpu in gpus():
+        wanted[MEASURED / f"{gpu}.json"] = speedups(gpu)
     stale = [path for path, text in wanted.items() if not path.exists() or path.read_text() != text]
     if not args.check:
         for path in stale:
