@@ -77,7 +77,7 @@ class Model:
                 found[name] = numbers[whole.of] * decodes
                 for patch, count in whole.parts.items():
                     found[patch] -= numbers[whole.of] * count * decodes
-        if MIXTURE in answering:  # answers whatever has few tokens, short prefills too
+        if answering & {MIXTURE, "decoder.deepseek_v2"}:  # answers whatever has few tokens, short prefills too
             found = {patch: count for patch, count in found.items() if patch not in _OF_EXPERTS}
         return {patch: count for patch, count in found.items() if patch in answering}
 
@@ -136,7 +136,8 @@ def _latent(norms: int) -> tuple[dict[str, Calls], dict[str, Whole]]:
         **_ROUTED,
     }
     inside = {"layernorm.rms_norm": norms, "rotary.deepseek_scaling": 1, "mla.triton_decode": 1}
-    return calls, {"mla.decode_step": Whole(LAYER, inside)}
+    layer = {**inside, "layernorm.rms_norm": 2 + norms}
+    return calls, {"mla.decode_step": Whole(LAYER, inside), "decoder.deepseek_v2": Whole(LAYER, layer)}
 
 
 def _config(architecture: str, model_type: str, **values: Any) -> dict[str, Any]:

@@ -49,7 +49,7 @@ def test_whole_blocks_take_over_the_calls_of_their_parts() -> None:
         "layernorm.rms_norm": 4 * (27 * 3 + 1), "rotary.deepseek_scaling": 4 * 27, "activation.silu_and_mul": 4 * 27,
         "mla.triton_decode": 3 * 27, "moe.grouped_topk": 4 * 26, "op.silu_and_mul": 4 * 26,
     }  # fmt: skip
-    blocks = model.expected(3, {*model.calls, *model.wholes})
+    blocks = model.expected(3, {*model.calls, "mla.decode_step"})
     assert blocks == {
         **parts,
         "layernorm.rms_norm": 4 * (27 * 2 + 1) + 27,
@@ -58,8 +58,13 @@ def test_whole_blocks_take_over_the_calls_of_their_parts() -> None:
         "mla.decode_step": 3 * 27,
     }
     experts = {"activation.silu_and_mul", "moe.grouped_topk", "op.silu_and_mul"}
-    mixtures = model.expected(3, {*model.calls, *model.wholes, "moe.mixture"})
+    mixtures = model.expected(3, {*model.calls, "mla.decode_step", "moe.mixture"})
     assert mixtures == {patch: count for patch, count in blocks.items() if patch not in experts}
+    layers = model.expected(3, {*model.calls, "decoder.deepseek_v2"})
+    assert layers == {
+        "layernorm.rms_norm": 4 + 27 * 3, "rotary.deepseek_scaling": 27, "mla.triton_decode": 0,
+        "decoder.deepseek_v2": 3 * 27,
+    }  # fmt: skip
 
 
 def test_hits_that_do_not_fit_are_told_but_not_of_patches_that_nobody_asked_for() -> None:

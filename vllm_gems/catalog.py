@@ -61,9 +61,21 @@ class _BuiltIn:
 
     @hookimpl
     def vllm_gems_patches(self) -> Iterable[Patch]:
-        from .patches import activation, attention, decoder, layernorm, mla, mla_step, moe, moe_step, rotary, sampler
+        from .patches import (
+            activation,
+            attention,
+            decoder,
+            deepseek,
+            layernorm,
+            mla,
+            mla_step,
+            moe,
+            moe_step,
+            rotary,
+            sampler,
+        )
 
-        modules = layernorm, rotary, activation, attention, decoder, moe, mla, mla_step, moe_step, sampler
+        modules = layernorm, rotary, activation, attention, decoder, deepseek, moe, mla, mla_step, moe_step, sampler
         return [patch for module in modules for patch in module.PATCHES]
 
 

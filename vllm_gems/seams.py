@@ -63,6 +63,10 @@ _LATENT_ATTENTION = _part(
     ("(self, positions, hidden_states, llama_4_scaling=None)",),
     "be2b929891c4ce9a", "3c8eb1c81af7dd02", "e0432540543912da", "59c6f711b184553e",
 )  # fmt: skip
+_DEEPSEEK_LAYER = _part(
+    "model_executor.models.deepseek_v2", "DeepseekV2DecoderLayer.forward",
+    ("(self, positions, hidden_states, residual, llama_4_scaling=None)",), "8d7b33e35a4e1da3", versions="0.26.0-0.33",
+)  # fmt: skip
 _MOE = "model_executor.layers.fused_moe"
 _SINCE_MOE = "0.24.0-0.33"
 _MIXTURE = _part(
@@ -148,6 +152,12 @@ _ALL = (
     _decoder("qwen2", "Qwen2DecoderLayer"),
     _decoder("qwen3", "Qwen3DecoderLayer"),
     _decoder("llama", "LlamaDecoderLayer"),
+    Seam(
+        "layer.deepseek_v2_decoder_layer",
+        (_DEEPSEEK_LAYER,),
+        layer=f"{_DEEPSEEK_LAYER.module}:DeepseekV2DecoderLayer",
+        eager_only=True,
+    ),
     Seam("layer.attention", (_ATTENTION,), layer=f"{_ATTENTION.module}:Attention", eager_only=True),
     # Compiled by itself, in eager mode too. Kimi-K3's own model calls `fused_grouped_topk` beside it.
     Seam(
@@ -293,6 +303,19 @@ PARTS: dict[str, tuple[Place, ...]] = {
             "v1.attention.backends.flash_attn", "FlashAttentionImpl.do_kv_cache_update",
             ("(self, layer, key, value, kv_cache, slot_mapping)",),
             "53c7db03eaad9705", "e3f2d43d1d2ad8f3", "48b628d73a9cc62b",
+        ),
+    ),
+    "latent attention module": (
+        _part(
+            "model_executor.models.deepseek_v2", "DeepseekV2MLAAttention.forward",
+            ("(self, positions, hidden_states, llama_4_scaling)",), "e160675da521f36b",
+        ),
+    ),
+    "mixture module": (
+        _part(
+            "model_executor.models.deepseek_v2", "DeepseekV2MoE.forward",
+            ("(self, hidden_states, already_sequence_parallel=False)",),
+            "90509013216f9848", "5c1892e99174ef9a", versions="0.26.0-0.33",
         ),
     ),
     "mixture _forward_impl": (

@@ -40,7 +40,7 @@ _KNOWN = {
 _KNOWN_OF_DECODE = {"block_table", "seq_lens", "dcp_tot_seq_lens"}
 
 
-def _read(metadata: Any) -> Paged:
+def read(metadata: Any) -> Paged:
     """Raises Refused for a step that is not for us."""
     from ..errors import Refused
 
@@ -313,7 +313,7 @@ def _decode_step(original: Any, site: Any) -> Any:
     from ..errors import Refused
     from ..sites import module_forward
 
-    steps = Steps(_read)
+    steps = Steps(read)
 
     def settle(layer: Any, positions: Any, hidden_states: Any, llama_4_scaling: Any = None) -> Callable[..., Any]:
         """The layer's own call(positions, hidden_states, llama_4_scaling)."""
