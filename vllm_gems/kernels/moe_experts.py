@@ -198,8 +198,8 @@ def tiling_for(experts: Experts, num_tokens: int, gated: bool, itemsize: int) ->
     """Rows for what an expert gets if all get the same; stages of 16 to 24 KiB in 16 bits, small steps in float32."""
     each = triton.cdiv(num_tokens * experts.topk, experts.num_experts)
     rows = min(64, max(16, power_of_two(each)))
-    if itemsize == 4:
-        return Tiling(rows, 16 if gated else 32, 16, 4, 2)
+    if itemsize == 4:  # without tensor cores a thread has an operand of its own for each sum
+        return Tiling(min(rows, 32), 16 if gated else 32, 16, 4, 2)
     in_features = experts.hidden_size if gated else experts.intermediate_size
     # Masks along the sum, of sizes that steps do not divide, take registers, too.
     depth = 32 if in_features % 64 else 64 if rows == 64 or in_features % 128 else 128
