@@ -170,7 +170,7 @@ def catalog(*patches: Patch, plugins: Iterable[Any] = ()) -> Catalog:
     manager.register(ToyPlugin(patches or PATCHES))
     for plugin in plugins:
         manager.register(plugin)
-    return Catalog(manager)
+    return Catalog(manager, manager.hook.vllm_gems_seams(), manager.hook.vllm_gems_patches())
 
 
 def patcher(*patches: Patch, plugins: Iterable[Any] = ()) -> Patcher:

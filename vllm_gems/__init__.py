@@ -16,9 +16,13 @@ _LAZY = {
     "remove_gems_patches_from_vllm": "api",
     "gems_patches": "api",
     "report": "api",
+    "enable": "api",
+    "only_enable": "api",
+    "disable": "api",
+    "use_gems": "api",
 }
 
-__all__ = ["__version__", "apply_gems_patches_to_vllm", "gems_patches", "remove_gems_patches_from_vllm", "report"]
+__all__ = ["__version__", *_LAZY]  # noqa: PLE0604
 
 
 def __getattr__(name: str) -> Any:

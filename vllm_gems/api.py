@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
+import sys
 from collections.abc import Iterable, Iterator
 
 from . import __version__, seams
@@ -14,6 +16,7 @@ from .policy import VARIABLES, Policy
 from .reports import Report
 
 Names = str | Iterable[str] | None
+Files = Names | os.PathLike[str]
 
 
 @functools.cache
@@ -22,8 +25,10 @@ def patcher() -> Patcher:
 
 
 def report() -> Report:
-    """What is patched in this process, where, and how often it ran."""
-    return Report.of_process(patcher().rows(), patcher().rank())
+    """What is patched in this process, where, and how often it ran; PyTorch's operations too, if any was enabled."""
+    used = sys.modules.get(f"{__package__}.overrides")
+    overridden = used.overrides().rows() if used is not None else ()
+    return Report.of_process((*patcher().rows(), *overridden), patcher().rank())
 
 
 def apply_gems_patches_to_vllm(
@@ -64,6 +69,48 @@ def gems_patches(
         yield report()
     finally:
         patcher().undo({*bound, *(_asked_for() - before)})
+
+
+def enable(include: Files = None, exclude: Files = None) -> Report:
+    """Have our kernels do operations of PyTorch's own (`torch.ops.aten`), in this process, until `disable()`.
+
+    include, exclude: names (`add` is all its overloads, in place and with `out` too; `add.Tensor` is one) or globs, in
+    a list or in one string with commas; or for `include` the path of a YAML file with such a list, or with both.
+    Without `include` those that were measured not slower than PyTorch's on this GPU, host and GPU time together; with "*" all.
+    What a kernel does not do, PyTorch does, and the report says how often and why. Raises UnknownNameError for a name
+    that no operation has, and ValueError for a file of another form.
+    """
+    from .overrides import overrides
+
+    overrides().enable(include, exclude)
+    return report()
+
+
+def only_enable(include: Files) -> Report:
+    """`enable` what is chosen, and give PyTorch its kernels back for all others."""
+    from .overrides import overrides
+
+    overrides().only_enable(include)
+    return report()
+
+
+def disable() -> None:
+    """Give PyTorch back all of its kernels: the dispatcher is as it was before `enable` and `use_gems`."""
+    from .overrides import overrides
+
+    overrides().disable()
+
+
+@contextlib.contextmanager
+def use_gems(include: Files = None, exclude: Files = None) -> Iterator[Report]:
+    """`enable` for a while, after an exception too. It nests, and threads may be inside at the same time.
+
+    What is overridden is so for the whole process. At the end PyTorch gets back what nobody else asked for.
+    """
+    from .overrides import overrides
+
+    with overrides().using(include, exclude):
+        yield report()
 
 
 def _asked_for() -> set[str]:

@@ -131,8 +131,16 @@ class OpBinder:
 
     _KEYS = {"cuda": "CUDA", "cpu": "CPU"}  # noqa: RUF012
 
+    def _operation(self, name: str) -> str:
+        return name
+
+    def _has_kernel(self, name: str, key: str) -> bool:
+        import torch
+
+        return bool(torch._C._dispatch_has_kernel_for_dispatch_key(name, key))
+
     def refuses(self, place: Place, world: World, platform: str) -> str | None:
-        schemas = world.schemas(place.name)
+        schemas = world.schemas(self._operation(place.name))
         if not schemas:
             return f"no op {place} is registered"
         found = {probes.normalise_schema(schema) for schema in schemas}
@@ -148,7 +156,7 @@ class OpBinder:
         allow = {"allow_override": True} if "allow_override" in known else {}
         key = self._KEYS[platform]
         namespace, _, name = place.name.partition("::")
-        if not torch._C._dispatch_has_kernel_for_dispatch_key(place.name, key):
+        if not self._has_kernel(place.name, key):
             raise LookupError(f"{place} has no {key} kernel, so there is nothing to stand in for")
         if not hasattr(torch.library, "get_kernel"):
             raise LookupError("this PyTorch cannot keep the covered kernel (torch.library.get_kernel is missing)")
@@ -159,6 +167,18 @@ class OpBinder:
             warnings.filterwarnings("ignore", message="(?s).*overriding a previously registered kernel")
             library.impl(name, adapt(original), key, with_keyset=True, **allow)
         return Bound(library._destroy, f"the {key} kernel of {place}")
+
+
+class AtenBinder(OpBinder):
+    """The same for an overload of PyTorch's own, whose kernel may be one that serves all devices."""
+
+    def _operation(self, name: str) -> str:
+        return name.partition(".")[0]
+
+    def _has_kernel(self, name: str, key: str) -> bool:
+        import torch
+
+        return bool(torch._C._dispatch_has_computed_kernel_for_dispatch_key(name, key))
 
 
 class IrBinder:
@@ -211,7 +231,7 @@ class BackendBinder:
 BINDERS: dict[str, Any] = {
     "attribute": AttributeBinder(),
     "op": OpBinder(),
-    "aten": OpBinder(),
+    "aten": AtenBinder(),
     "ir": IrBinder(),
     "backend": BackendBinder(),
 }

@@ -82,10 +82,12 @@ class _BuiltIn:
 class Catalog:
     """Kernels, seams and patches by name. Kernels are asked for only when used, because they import torch."""
 
-    def __init__(self, manager: pluggy.PluginManager) -> None:
+    def __init__(
+        self, manager: pluggy.PluginManager, seams: Iterable[Iterable[Seam]], patches: Iterable[Iterable[Patch]]
+    ) -> None:
         self.manager = manager
-        self.seams = _by_name("seam", manager.hook.vllm_gems_seams())
-        self.patches = _by_name("patch", manager.hook.vllm_gems_patches())
+        self.seams = _by_name("seam", seams)
+        self.patches = _by_name("patch", patches)
         for patch in self.patches.values():
             lookup("seam", self.seams, patch.seam)
 
@@ -128,11 +130,27 @@ def lookup(kind: str, table: Mapping[str, T], name: str) -> T:
 
 
 @functools.cache
-def catalog() -> Catalog:
-    """The catalog of this process, with every installed plugin of the entry-point group `vllm_gems`."""
+def plugins() -> pluggy.PluginManager:
+    """Ours, and every installed one of the entry-point group `vllm_gems`."""
     manager = pluggy.PluginManager(hookspecs.PROJECT)
     manager.add_hookspecs(hookspecs)
     manager.register(_BuiltIn(), name="vllm-gems")
     manager.load_setuptools_entrypoints(hookspecs.PROJECT)
     manager.check_pending()
-    return Catalog(manager)
+    return manager
+
+
+@functools.cache
+def catalog() -> Catalog:
+    """What there is for vLLM in this process."""
+    manager = plugins()
+    return Catalog(manager, manager.hook.vllm_gems_seams(), manager.hook.vllm_gems_patches())
+
+
+@functools.cache
+def aten_catalog() -> Catalog:
+    """What there is for PyTorch's own operations in this process."""
+    from .patches import aten
+
+    pairs = aten.overrides(aten.torch_platform())
+    return Catalog(plugins(), [[seam for seam, _ in pairs]], [[patch for _, patch in pairs]])

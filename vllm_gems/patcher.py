@@ -42,8 +42,11 @@ class _Entry:
 class Patcher:
     """Binds the patches of a catalog as a policy wants it. Every change it makes it can take back."""
 
-    def __init__(self, catalog: Catalog, world: World | None = None) -> None:
+    def __init__(
+        self, catalog: Catalog, world: World | None = None, platform: Callable[[], str] | None = None
+    ) -> None:
         self.catalog = catalog
+        self._platform = platform
         self.world: World = world or LiveWorld()
         self.policy = Policy()
         self._entries: dict[str, _Entry] = {}
@@ -51,8 +54,10 @@ class Patcher:
         self._watcher = _Watcher(self._imported)
         self._lock = threading.RLock()
 
-    def apply(self, policy: Policy) -> tuple[str, ...]:
+    def apply(self, policy: Policy, names: Iterable[str] | None = None) -> tuple[str, ...]:
         """Bind what `policy` wants and is not bound yet; returns the names of the patches that this call bound.
+
+        names: the patches to decide about, whatever the policy says of them by name; None for all, as it says.
 
         A patch whose module vLLM has not imported is bound when it does. Raises NotBoundError in strict mode if a
         patch asked for by name is refused; what was bound until then stays.
@@ -60,8 +65,12 @@ class Patcher:
         with self._lock:
             self.policy = policy
             before = {entry.patch.name for entry in self._order}
-            for patch in self.catalog.patches.values():
-                self._decide(patch)
+            if names is None:
+                for patch in self.catalog.patches.values():
+                    self._decide(patch, policy.refuses(patch.name, patch.default))
+            else:
+                for name in names:
+                    self._decide(lookup("patch", self.catalog.patches, name), None)
             if any(entry.state is State.WAITING for entry in self._entries.values()):
                 self._watcher.install()
             if policy.strict:
@@ -115,11 +124,10 @@ class Patcher:
 
     # Deciding
 
-    def _decide(self, patch: Patch) -> None:
+    def _decide(self, patch: Patch, off: str | None) -> None:
         entry = self._entries.get(patch.name)
         if entry is not None and entry.bound is not None:
             return
-        off = self.policy.refuses(patch.name, patch.default)
         if entry is not None and entry.state is State.WAITING and off is not None:
             return  # an earlier policy asked for it, and what it asked for stays until it is undone
         entry = self._entries[patch.name] = _Entry(patch, lookup("seam", self.catalog.seams, patch.seam))
@@ -133,7 +141,7 @@ class Patcher:
     def _try(self, entry: _Entry) -> None:
         """Bind `entry` at the first of its places that fits, or say why it waits or is refused."""
         present = [place for place in entry.seam.places if self._is_imported(place.module)]
-        platform = seams.platform()
+        platform = (self._platform or seams.platform)()
         if not present:
             modules = sorted({place.module for place in entry.seam.places})
             self._watcher.modules.update(modules)

@@ -1,0 +1,171 @@
+"""An overload of PyTorch's on elements, done by one launch: planned once for what its tensors look like, then repeated.
+
+PyTorch's own meta kernel says what the result is (shape, strides, dtype, and all errors), so that promotion,
+broadcasting and memory formats are PyTorch's. That takes long and happens once for each set of shapes, strides and
+dtypes; a call after that is a look-up, an allocation and a launch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch._prims_common import ELEMENTWISE_TYPE_PROMOTION_KIND as KINDS
+from torch._prims_common import elementwise_dtypes
+
+from .kernels.pointwise import COMPUTE, MAX_ARGUMENTS, MAX_DIMS, MAX_TENSORS, Pointwise, pointwise_build, walk
+from .launch import launcher
+from .overloads import Overload, Plan, decline, exact_doubles, scalar_of
+
+_KINDS = {"default": KINDS.DEFAULT, "float": KINDS.INT_TO_FLOAT, "bool": KINDS.ALWAYS_BOOL}
+
+
+@dataclass(frozen=True)
+class Elementwise:
+    """An operation of PyTorch's and its formula: its overloads, in place and with `out`, follow from their schemas."""
+
+    op: str
+    formula: Any
+    # What PyTorch makes of its operands' dtypes, a key of _KINDS; or how that follows from the arguments by name.
+    kind: str | Callable[[Mapping[str, Any]], str] = "default"
+    families: str = "fib"  # what is computed in: floats, integers, bool
+    promotes: tuple[str, ...] = ("other", "exponent")  # numbers whose type counts, as all tensors' does
+    only: str = ""  # the one argument whose dtype counts
+    as_is: tuple[str, ...] = ()  # tensors that are not converted, and do not count
+    # (name, dtype of the result) -> the number in the place of None
+    missing: Callable[[str, torch.dtype], float] | None = None
+    for_bool: Any = None  # the formula for bool, where it is another one
+
+    def reads(self, schema: Any) -> bool:
+        """Whether the formula computes an overload of this schema."""
+        arguments = [each for each in schema.arguments if not each.is_out]
+        types = [str(each.type) for each in arguments]
+        return (
+            len(arguments) == len(self.formula.arg_names) <= MAX_ARGUMENTS
+            and [str(each.type) for each in schema.returns] == ["Tensor"]
+            and "Tensor" in types
+            and not any("List" in kind for kind in types)
+            and not any("Tensor" in kind for kind in types[MAX_TENSORS:])
+        )
+
+    def plan(self, overload: Overload, args: tuple[Any, ...]) -> Plan:
+        """How a call with arguments like these is done; raises Refused if it is not done here."""
+        result = overload.on_meta(args)
+        given = args[: overload.count]
+        named = dict(zip(overload.names, given, strict=False))
+        kind = self.kind if isinstance(self.kind, str) else self.kind(named)
+        counted = [
+            value
+            for name, value, is_tensor in zip(overload.names, given, overload.tensors, strict=True)
+            if value is not None
+            and name not in self.as_is
+            and (name == self.only if self.only else is_tensor or name in self.promotes)
+        ]
+        compute, _ = elementwise_dtypes(*counted, type_promotion_kind=_KINDS[kind])
+        if compute not in COMPUTE:
+            decline(f"it is computed in {compute}")
+        family = "b" if compute is torch.bool else "f" if compute.is_floating_point else "i"
+        if family not in self.families:
+            decline(f"it is computed in {compute}, which the formula is not for")
+
+        device = overload.device(args)
+        tensors: list[torch.dtype | None] = []
+        scalars: list[bool] = []
+        constants: list[Any] = []
+        strides = [result.stride()]
+        fixed: dict[int, float] = {}
+        for index, (name, value) in enumerate(zip(overload.names, given, strict=True)):
+            if value is None and self.missing is not None:
+                value = fixed[index] = self.missing(name, result.dtype)
+            is_scalar = scalar_of(value, device, overload.kinds[index])
+            if isinstance(value, torch.Tensor) and not is_scalar:
+                tensors.append(value.dtype)
+                strides.append(value.expand(result.shape).stride())
+            else:
+                tensors.append(None)
+            scalars.append(is_scalar)
+            constants.append(None if is_scalar or isinstance(value, torch.Tensor) else value)
+        if any(scalars) and compute is torch.float64 and not exact_doubles():
+            decline("a number in float64 would be rounded")
+        walked = walk(result.shape, strides)
+        if len(walked.sizes) > MAX_DIMS:
+            decline(f"its tensors lie in {len(walked.sizes)} dimensions that are no single walk, more than {MAX_DIMS}")
+        call = Pointwise(
+            formula=self.for_bool if self.for_bool is not None and compute is torch.bool else self.formula,
+            tensors=tuple(tensors),
+            scalars=tuple(scalars),
+            constants=tuple(constants),
+            compute=compute,
+            out=result.dtype,
+            as_is=tuple(index for index, name in enumerate(overload.names) if name in self.as_is),
+        )
+        return _plan(overload, call, result, walked, device, fixed)
+
+
+def _plan(
+    overload: Overload, call: Pointwise, result: torch.Tensor, walked: Any, device: int, fixed: Mapping[int, float]
+) -> Plan:
+    build, tail = pointwise_build(call, walked, True)
+    launches = [launcher(pointwise_build(call, walked, aligned)[0], device) for aligned in (False, True)]
+    block = dict(build.constexprs)["BLOCK"]
+    grid = -(-tail[0] // block)
+    pointers = [index for index, dtype in enumerate(call.tensors) if dtype is not None]
+    places = [pointers.index(index) if index in pointers else -1 for index in range(MAX_TENSORS)]
+    numbers = [index for index, is_scalar in enumerate(call.scalars) if is_scalar]
+    convert = _number(call.compute)
+    absent = (0,) * (MAX_ARGUMENTS - len(call.scalars))
+    allocate = overload.allocation(result, device)
+    empty = result.numel() == 0
+
+    def run(args: tuple[Any, ...]) -> torch.Tensor:
+        out = allocate(args)
+        if empty:
+            return out
+        addresses = [args[index].data_ptr() for index in pointers]
+        out_at = out.data_ptr()
+        bits = out_at
+        for each in addresses:
+            bits |= each
+        values = [0] * len(call.scalars)
+        for index in numbers:
+            values[index] = convert(fixed[index] if index in fixed else args[index])
+        operands = [addresses[place] if place >= 0 else 0 for place in places]
+        launches[not bits & 15](grid, out_at, *operands, *values, *absent, *tail)
+        return out
+
+    return run
+
+
+def _number(compute: torch.dtype) -> Callable[[Any], Any]:
+    """A number as the launcher takes it, which has to fit into what is computed in."""
+
+    def number(value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            value = value.item()
+        return value
+
+    def floating(value: Any) -> float:
+        value = float(number(value))
+        if abs(value) > largest and math.isfinite(value):
+            decline(f"{value} is no {compute}")
+        return value
+
+    def whole(value: Any) -> int:
+        value = number(value)
+        if isinstance(value, float) and not math.isfinite(value):
+            decline(f"{value} is no {compute}")
+        value = int(value)
+        if not least <= value <= largest:
+            decline(f"{value} is no {compute}")
+        return value
+
+    if compute.is_floating_point:
+        largest = torch.finfo(compute).max
+        return floating
+    if compute is torch.bool:
+        return lambda value: int(bool(number(value)))
+    least, largest = torch.iinfo(compute).min, torch.iinfo(compute).max
+    return whole

@@ -1,0 +1,234 @@
+"""Overloads of PyTorch's operations: their arguments in order, what their meta kernels say, and calls by plan."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any, NoReturn, Protocol
+
+import torch
+
+from .errors import Refused
+from .launch import CPU, INTERPRETED, allocator, direct_refuses
+
+# What does a call whose arguments look like those it was made for: arguments in the schema's order -> the result.
+Plan = Callable[[tuple[Any, ...]], Any]
+
+PLANS = 1024  # kept for an overload; when there are more, all are made anew
+
+_NUMBERS = ("number", "Optional[number]", "float", "Optional[float]")
+_TENSORS = ("Tensor", "Optional[Tensor]")
+
+
+class Row(Protocol):
+    """A line of the table of operations."""
+
+    @property
+    def op(self) -> str: ...
+
+    def reads(self, schema: Any) -> bool: ...
+
+    def plan(self, overload: Overload, args: tuple[Any, ...]) -> Plan: ...
+
+
+def decline(reason: str) -> NoReturn:
+    raise Refused(reason)
+
+
+def exact_doubles() -> bool:
+    """Whether a float64 number gets to a kernel as it is; Triton's own launch makes it a float32."""
+    return INTERPRETED or not direct_refuses()
+
+
+def scalar_of(value: Any, device: int, kind: str) -> bool:
+    """Whether a value is a number to the kernel: one of Python's, or a tensor of one that is not on the device."""
+    if isinstance(value, torch.Tensor):
+        return value.dim() == 0 and value.get_device() == CPU != device
+    return value is not None and (kind in _NUMBERS or kind in _TENSORS)
+
+
+def overloads_of(op: str) -> Iterator[Any]:
+    """The overloads of aten::op and aten::op_ that PyTorch dispatches."""
+    for name in (op, f"{op}_"):
+        packet = getattr(torch.ops.aten, name, None)
+        for overload in packet.overloads() if packet is not None else ():
+            try:
+                yield getattr(packet, overload)
+            except RuntimeError:  # TorchScript's own, which is no operation on tensors
+                continue
+
+
+def name_of(overload: Any) -> str:
+    """As the dispatcher calls it."""
+    schema = overload._schema
+    return f"{schema.name}.{schema.overload_name}" if schema.overload_name else str(schema.name)
+
+
+def is_replaceable(name: str, key: str) -> bool:
+    """Whether an overload has a kernel at `key` of its own, and is not one that autograd takes apart."""
+    return bool(
+        torch._C._dispatch_has_computed_kernel_for_dispatch_key(name, key)
+        and not torch._C._dispatch_has_kernel_for_dispatch_key(name, "CompositeImplicitAutograd")
+    )
+
+
+class Overload:
+    """An overload as a row of the table does it. Calling it raises Refused where PyTorch has to."""
+
+    def __init__(self, op: Any, row: Row) -> None:
+        schema = op._schema
+        self.op = op
+        self.row = row
+        inputs = [each for each in schema.arguments if not each.is_out]
+        outs = [each for each in schema.arguments if each.is_out]
+        self.count = len(inputs)
+        self.names = [each.name for each in inputs]
+        self.kinds = [str(each.type) for each in inputs]
+        self.tensors = [kind in _TENSORS for kind in self.kinds]
+        self.returned = [str(each.type) for each in schema.returns]
+        # Where what is written comes from: arguments, or nowhere.
+        written = [index for index, each in enumerate((*inputs, *outs)) if each.alias_info and each.alias_info.is_write]
+        self.written = tuple(written)
+        self._all = [each.name for each in (*inputs, *outs)]
+        self._positional = [each.name for each in inputs if not each.kwarg_only]
+        self._defaults = [each.default_value for each in (*inputs, *outs)]
+        self._by_value = [
+            kind not in _TENSORS and kind not in _NUMBERS for kind in (*self.kinds, *(str(each.type) for each in outs))
+        ]
+        self._plans: dict[Any, Plan | str] = {}  # or why there is none
+        self._lock = threading.Lock()
+
+    def in_order(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+        """All arguments as the schema has them, with its defaults; those that are written with `out` come last."""
+        given = len(args)
+        if given == len(self._all):
+            return args
+        rest = zip(self._all[given:], self._defaults[given:], strict=True)
+        return (*args, *(kwargs.get(name, default) for name, default in rest))
+
+    def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        args = self.in_order(args, kwargs)
+        key = self._key(args)
+        plan = self._plans.get(key)
+        if plan is None:
+            plan = self._make(key, args)
+        if isinstance(plan, str):
+            raise Refused(plan)
+        return plan(args)
+
+    def _key(self, args: tuple[Any, ...]) -> Any:
+        key: list[Any] = []
+        for by_value, arg in zip(self._by_value, args, strict=True):
+            if isinstance(arg, torch.Tensor):
+                key += (arg.dtype, arg.shape, arg.stride(), arg.get_device())
+            elif by_value:
+                key.append(tuple(arg) if isinstance(arg, list) else arg)
+            else:
+                key.append(type(arg))
+        return tuple(key)
+
+    def _make(self, key: Any, args: tuple[Any, ...]) -> Plan | str:
+        try:
+            plan: Plan | str = self.row.plan(self, args)
+        except Refused as refusal:
+            if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+                raise  # what is not compiled yet may be later
+            plan = str(refusal)
+        with self._lock:
+            if len(self._plans) >= PLANS:
+                self._plans.clear()
+            self._plans[key] = plan
+        return plan
+
+    # What rows ask when they plan
+
+    def device(self, args: tuple[Any, ...]) -> int:
+        """Where all tensors are, but those of one number on the host."""
+        found = {each.get_device() for each in args if isinstance(each, torch.Tensor)}
+        for each in args:
+            lists = each if isinstance(each, (list, tuple)) else ()
+            found |= {item.get_device() for item in lists if isinstance(item, torch.Tensor)}
+        if len(found) > 1 and all(
+            each.dim() == 0 for each in args if isinstance(each, torch.Tensor) and each.get_device() == CPU
+        ):
+            found.discard(CPU)
+        if len(found) != 1:
+            decline("its tensors are on several devices")
+        return found.pop()
+
+    def on_meta(self, args: tuple[Any, ...]) -> Any:
+        """What PyTorch says of the result without computing it."""
+        metas = [_meta(arg) for arg in args]
+        before = [metas[index].shape for index in self.written]
+        given = metas[: len(self._positional)]
+        named = dict(zip(self._all[len(self._positional):], metas[len(self._positional):], strict=True))
+        try:
+            result = self.op(*given, **named)
+        except Exception as error:
+            decline(f"PyTorch does not do it either, or not without computing: {type(error).__name__}")
+        for index, shape in zip(self.written, before, strict=True):
+            if metas[index].shape != shape:
+                decline("the tensor to write to has another shape, and is resized")
+            if _overlaps_itself(args[index]):
+                decline("elements of the tensor to write to share memory")
+        return result
+
+    def allocation(self, result: torch.Tensor, device: int, which: int = 0) -> Callable[[tuple[Any, ...]], Any]:
+        """arguments -> the tensor to write result number `which` to: new, or given and apart from what is read."""
+        if self.written:
+            return self._given(self.written[which])
+        shape, strides, dtype = tuple(result.shape), tuple(result.stride()), result.dtype
+        if result.dim() == 2 and result.is_contiguous():
+            flat = allocator(device, dtype)
+            rows, width = shape
+            return lambda args: flat(rows, width)
+        where = torch.device("cpu") if device == CPU else torch.device("cuda", device)
+        empty = torch.empty_strided
+        return lambda args: empty(shape, strides, dtype=dtype, device=where)
+
+    def _given(self, index: int) -> Callable[[tuple[Any, ...]], Any]:
+        others = [other for other in range(self.count) if other != index]
+
+        def given(args: tuple[Any, ...]) -> Any:
+            out = args[index]
+            start = out.data_ptr()
+            end = start + _extent(out)
+            for other in others:
+                read = args[other]
+                if isinstance(read, torch.Tensor) and read is not out:
+                    first = read.data_ptr()
+                    apart = first >= end or first + _extent(read) <= start
+                    if not apart and (first != start or read.stride() != out.stride() or read.dtype != out.dtype):
+                        decline("what is written shares memory with what is read")
+            return out
+
+        return given
+
+
+def _extent(tensor: torch.Tensor) -> int:
+    """Bytes from the first element to the end of the last one."""
+    if tensor.numel() == 0:
+        return 0
+    last = sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
+    return int((last + 1) * tensor.element_size())
+
+
+def _overlaps_itself(tensor: torch.Tensor) -> bool:
+    """Whether two elements may have one address: dimensions, the densest first, must not reach into the next."""
+    reach = 0
+    for step, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1:
+            if step <= reach:
+                return True
+            reach += (size - 1) * step
+    return False
+
+
+def _meta(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        if value.dim() == 0 and value.get_device() == CPU and not INTERPRETED:
+            return value  # a number to PyTorch's kernels for other devices
+        return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
+    if isinstance(value, (list, tuple)):
+        return [_meta(each) for each in value]
+    return value

@@ -1,0 +1,178 @@
+"""PyTorch's own operations, one row each: overloads, in-place and `out` forms follow from PyTorch's schemas.
+
+None is bound unless asked for (`vllm_gems.enable()`), and by default only those that were measured not slower than
+PyTorch's on this GPU.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+
+from ..elementwise import Elementwise
+from ..errors import Refused
+from ..kernels import formulas
+from ..nouns import Patch, Place, Seam
+from ..overloads import Overload, Row, is_replaceable, name_of, overloads_of
+from ..probes import normalise_schema
+from ..reports import speedups
+from ..sites import Site
+
+PREFIX = "aten."
+
+
+def _rounded(arguments: Mapping[str, Any]) -> str:
+    return "float" if arguments["rounding_mode"] is None else "default"
+
+
+def _limit(name: str, dtype: torch.dtype) -> float:
+    """What nan_to_num puts in the place of what its caller does not say."""
+    if not dtype.is_floating_point:
+        return 0.0
+    return {"nan": 0.0, "posinf": torch.finfo(dtype).max, "neginf": torch.finfo(dtype).min}[name]
+
+
+_FLOAT_FUNCTIONS = (
+    "acos", "acosh", "asin", "asinh", "atan", "atanh", "cos", "cosh", "deg2rad", "erf", "erfc", "exp", "exp2", "expm1",
+    "log", "log10", "log1p", "log2", "rad2deg", "reciprocal", "rsqrt", "sigmoid", "sin", "sinc", "sinh", "sqrt", "tan",
+    "tanh",
+)  # fmt: skip
+_ACTIVATIONS = (
+    "celu", "elu", "frac", "gelu", "hardshrink", "hardsigmoid", "hardswish", "leaky_relu", "mish", "silu", "softplus",
+    "softshrink",
+)  # fmt: skip
+_GRADIENTS = (
+    "elu", "gelu", "hardshrink", "hardsigmoid", "hardswish", "hardtanh", "leaky_relu", "logit", "mish", "sigmoid",
+    "silu", "softplus", "softshrink", "tanh", "threshold",
+)  # fmt: skip
+_COMPARISONS = ("eq", "ge", "gt", "le", "lt", "ne")
+_LOGICAL = ("logical_and", "logical_or", "logical_xor")
+_BITWISE = ("bitwise_and", "bitwise_or", "bitwise_xor")
+_SHIFTS = ("bitwise_left_shift", "bitwise_right_shift")
+_TESTS = ("isinf", "isnan", "isneginf", "isposinf", "signbit")
+
+
+def _formula(name: str) -> Any:
+    found = getattr(formulas, name, None)
+    return getattr(formulas, f"{name}_") if found is None else found
+
+
+def _rows(names: Iterable[str], **same: Any) -> Iterator[Elementwise]:
+    return (Elementwise(name, _formula(name), **same) for name in names)
+
+
+ROWS: tuple[Row, ...] = (
+    *_rows(_FLOAT_FUNCTIONS, kind="float", families="f"),
+    *_rows(("logit",), kind="float", families="f"),
+    *_rows(("abs", "neg", "sign", "ceil", "floor", "trunc", "round", "relu"), families="fi"),
+    *_rows(("hardtanh", "threshold"), families="f", only="self"),
+    *_rows(_ACTIVATIONS, families="f"),
+    *_rows((f"{name}_backward" for name in _GRADIENTS if hasattr(formulas, f"{name}_backward")), families="f"),
+    *_rows(_TESTS, kind="bool", families="f"),
+    *_rows(("logical_not",), kind="bool"),
+    *_rows(("nan_to_num",), families="f", missing=_limit),
+    *_rows(("bitwise_not",), families="ib", for_bool=formulas.logical_not),
+    # Two operands
+    *_rows(("add",)),
+    *_rows(("sub", "rsub"), families="fi"),
+    *_rows(("mul", "maximum", "minimum", "fmax", "fmin")),
+    Elementwise("div", formulas.true_divide, kind="float", families="f"),
+    Elementwise("div", formulas.div, kind=_rounded, families="fi"),
+    *_rows(("floor_divide", "remainder", "fmod"), families="fi"),
+    *_rows(("pow",), families="f", promotes=("self", "exponent")),
+    *_rows(("atan2", "copysign"), kind="float", families="f"),
+    *_rows(("hypot", "heaviside", "logaddexp", "logaddexp2"), families="f"),
+    *_rows(("xlogy",), kind="float", families="f", promotes=("self", "other")),
+    *_rows(_COMPARISONS, kind="bool"),
+    *_rows(_LOGICAL, kind="bool"),
+    *_rows(_BITWISE, families="ib", promotes=("self", "other")),
+    *_rows(_SHIFTS, families="i", promotes=("self", "other")),
+    # More
+    *_rows(("where",), as_is=("condition",)),
+    *_rows(("masked_fill",), only="self", as_is=("mask",)),
+    *_rows(("clamp",), families="fi", promotes=("min", "max")),
+    *_rows(("clamp_min",), families="fi", promotes=("min",)),
+    *_rows(("clamp_max",), families="fi", promotes=("max",)),
+    *_rows(("lerp", "addcdiv"), families="f"),
+    *_rows(("addcmul",), families="fi"),
+    # Memory
+    *_rows(("copy",), only="src", as_is=()),
+    *_rows(("fill", "zero"), only="self"),
+)
+
+
+def adapt(overload: Any, row: Row) -> Callable[[Any, Site], Callable[..., Any]]:
+    """(the covered kernel, site) -> the kernel that does an overload as `row` says, and leaves the rest to the other.
+
+    PyTorch unwraps numbers that stand for tensors on the way into Python and does not wrap them on the way to the
+    covered kernel. Calling the operation does; it comes back here, and goes on to the covered kernel.
+    """
+    call = Overload(overload, row)
+
+    def wrap(original: Any, site: Site) -> Callable[..., Any]:
+        again = threading.local()
+
+        def covered(keyset: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            values = call.in_order(args, kwargs)
+            if not any(
+                is_tensor and isinstance(value, (bool, int, float, complex))
+                for is_tensor, value in zip(call.tensors, values, strict=False)
+            ):
+                return original.call_boxed(keyset, *args, **kwargs)
+            again.keyset = keyset
+            try:
+                return overload(*args, **kwargs)
+            finally:
+                again.keyset = None
+
+        def kernel(keyset: Any, *args: Any, **kwargs: Any) -> Any:
+            if getattr(again, "keyset", None) is not None:
+                again.keyset = None
+                return original.call_boxed(keyset, *args, **kwargs)
+            if not site.failure:
+                try:
+                    result = call(args, kwargs)
+                except Refused as refusal:
+                    site.decline(refusal)
+                except Exception as error:
+                    site.fail(error)
+                else:
+                    site.hits += 1
+                    return result
+            return covered(keyset, args, kwargs)
+
+        return kernel
+
+    return wrap
+
+
+def torch_platform() -> str:
+    """What PyTorch runs on, as the patcher calls it."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _measured(platform: str) -> Mapping[str, float]:
+    """Overload -> PyTorch's time over ours on this GPU."""
+    return speedups(torch.cuda.get_device_name()) if platform == "cuda" else {}
+
+
+@functools.cache
+def overrides(platform: str) -> tuple[tuple[Seam, Patch], ...]:
+    """All that the table stands in for on a platform ("cuda" or "cpu"), as patches."""
+    key, measured = {"cuda": "CUDA", "cpu": "CPU"}[platform], _measured(platform)
+    found: dict[str, tuple[Seam, Patch]] = {}
+    for row in ROWS:
+        for overload in overloads_of(row.op):
+            place = name_of(overload)
+            name = PREFIX + place.partition("::")[2]
+            if name in found or not row.reads(overload._schema) or not is_replaceable(place, key):
+                continue
+            expects = (normalise_schema(str(overload._schema)),)
+            seam = Seam(name, (Place("aten", "torch", place, expects),))
+            default = measured.get(name, 0.0) >= 1.0
+            found[name] = seam, Patch(name, name, (), adapt(overload, row), f"{place} by a kernel in Triton", default)
+    return tuple(found[name] for name in sorted(found))
