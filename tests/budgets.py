@@ -56,6 +56,9 @@ REGISTERS: dict[str, Registers] = {
     "_moe_sum_kernel": Registers(128, 128),
     # Up to 16 sums a thread, beside operands on their way from shared memory: 16 warps, four programs; 4 waves.
     "_head_linear_kernel": Registers(128, 128),
+    # Eight elements a thread, with addresses of 64 bits each of three tensors of five dimensions: 12 warps. The formulas
+    # on what is one walk through memory take 64.
+    "_pointwise_kernel": Registers(168, 168),
     # Up to 8 elements a thread, which is one access of 16 bytes: 32 warps, 8 waves.
     "_activation_kernel": Registers(64, 64),
     # A group's query heads and their accumulator, and the addresses of two tiles: 12 warps, which are the three

@@ -11,6 +11,7 @@ from __future__ import annotations
 import collections
 import inspect
 import json
+import math
 import re
 import subprocess
 import sys
@@ -24,9 +25,13 @@ from budgets import DEVICES
 from triton.backends.compiler import GPUTarget
 
 from vllm_gems.catalog import catalog
+from vllm_gems.elementwise import Elementwise
 from vllm_gems.kernels.mla_decode import GLUON, MLA_DECODE, Latents, hopper_build
+from vllm_gems.kernels.pointwise import Pointwise, pointwise_build, walk
 from vllm_gems.launch import Build, compile_for, triton_release
 from vllm_gems.nouns import Kernel
+from vllm_gems.overloads import overloads_of
+from vllm_gems.patches import aten
 
 MODELS_ON = "sm_90"  # where kernels are tuned and timed
 MUST_SPILL = "a kernel that must spill"
@@ -119,13 +124,67 @@ def hopper_jobs() -> list[Job]:
     ]  # fmt: skip
 
 
+OVERRIDES = ("elementwise",)  # of PyTorch's operations, which are no kernels of the catalog
+
+
+def elementwise_jobs(target: str) -> Iterator[Job]:
+    """Every formula on tensors that are one walk through memory, in float32 and int32; and every kind of walk."""
+    rows = [row for row in aten.ROWS if isinstance(row, Elementwise)]
+    if target != MODELS_ON:
+        rows = [row for row in rows if row.op in ("add", "gelu", "remainder", "where", "floor_divide")]
+    dtypes = {"f": torch.float32, "i": torch.int32}
+    for row in rows:
+        schema = next(each._schema for each in overloads_of(row.op) if row.reads(each._schema))
+        for family, dtype in dtypes.items():
+            if family in row.families:
+                for call in _calls(row, schema, dtype):
+                    count = 1 + sum(each is not None for each in call.tensors)
+                    build, _ = pointwise_build(call, walk((4096,), [(1,)] * count), True)
+                    yield Job(build, list(OVERRIDES), f"{row.op} {call.constant}", str(dtype), (str(dtype),), False)
+    add = next(row for row in rows if row.op == "add")
+    schema = next(each._schema for each in overloads_of("add") if add.reads(each._schema))
+    (call,) = _calls(add, schema, torch.bfloat16)
+    for dims in range(1, 6):
+        shape = (6, 5, 7, 3, 9)[:dims]
+        gapped = [math.prod(size + 1 for size in shape[dim + 1 :]) * 2 for dim in range(dims)]
+        for factor in (1, 2**31):
+            walked = walk(shape, [[factor * step for step in gapped], gapped[::-1], gapped])
+            for aligned in (True, False):
+                build, _ = pointwise_build(call, walked, aligned)
+                yield Job(build, list(OVERRIDES), f"add, {dims} dimensions, {factor=}", "bfloat16", (), False)
+
+
+def _calls(row: Elementwise, schema: Any, dtype: torch.dtype) -> Iterator[Pointwise]:
+    """What a row computes in `dtype`, one call for each word that an argument may be."""
+    kinds = [str(each.type) for each in schema.arguments if not each.is_out]
+    names = [each.name for each in schema.arguments if not each.is_out]
+    words = {"approximate": ("none", "tanh"), "rounding_mode": ("trunc", "floor")}
+    (options,) = [words[name] for name in names if name in words] or [(None,)]
+    compute = torch.float32 if dtype.is_floating_point else dtype
+    kind = row.kind if isinstance(row.kind, str) else "default"
+    for option in options:
+        yield Pointwise(
+            formula=row.formula,
+            tensors=tuple(
+                (torch.bool if name in row.as_is else dtype) if "Tensor" in kind else None
+                for name, kind in zip(names, kinds, strict=True)
+            ),
+            scalars=tuple("number" in kind or "float" in kind for kind in kinds),
+            constant=option if names[-1] in words else False if kinds[-1] == "bool" else None,
+            compute=compute,
+            out=torch.bool if kind == "bool" else dtype,
+            as_is=tuple(index for index, name in enumerate(names) if name in row.as_is),
+        )
+
+
 def jobs_for(target: str) -> list[Job]:
     """What is compiled for `target`."""
     jobs = every_job(catalog().kernels.values())
+    overrides = list(elementwise_jobs(target))
     if target != MODELS_ON:
-        return representatives(jobs, target)
+        return [*representatives(jobs, target), *overrides]
     of_models = [job for job in jobs if job.bench and job.build.aligned and job.dtype == job.dtypes[-1]]
-    return list({job.build: job for job in (*of_models, *representatives(jobs, target), *hopper_jobs())}.values())
+    return list({job.build: job for job in (*of_models, *representatives(jobs, target), *hopper_jobs(), *overrides)}.values())
 
 
 @triton.jit

@@ -20,12 +20,10 @@ ELEMENTWISE = sorted({row.op for row in aten.ROWS if isinstance(row, Elementwise
 
 # PyTorch's kernels for CPUs and for GPUs differ where there is no number: ours are for GPUs.
 FINITE = ("gelu",)
+# Whose kernel for CPUs wants tensors of one shape, which that for GPUs does not.
+LENIENT = ("gelu_backward",)
 # What comes out depends on the limits of the dtype.
 BY_DTYPE = ("nan_to_num",)
-
-
-def hits(name: str) -> int:
-    return sum(row.hits for row in vllm_gems.report().rows if row.patch == name)
 
 
 def overridden(op: str) -> list[tuple[str, Any]]:
@@ -43,10 +41,13 @@ def test_overloads_do_what_pytorch_does(op: str) -> None:
         given = [call.copy() for call in calls]
         with vllm_gems.use_gems(name):
             got = [outcome(overload, call) for call in given]
-            counted = hits(name)
+            (row,) = (row for row in vllm_gems.report().rows if row.patch == name)
         for mine, other, call in zip(got, expected, given, strict=True):
+            if op in LENIENT and isinstance(other, type):
+                continue
             same(mine, other, f"{name} {call.label}")
-        assert counted > 0, f"{name} was called {len(calls)} times, and never by our kernel"
+        assert not row.errors, row.why
+        assert row.hits > 0, f"{name} was called {len(calls)} times, and never by our kernel: {row.declined}"
 
 
 def with_outs(overload: Any, call: Call) -> Call:

@@ -82,7 +82,7 @@ class Elementwise:
         device = overload.device(args)
         tensors: list[torch.dtype | None] = []
         scalars: list[bool] = []
-        constants: list[Any] = []
+        constant: Any = None
         strides = [result.stride()]
         fixed: dict[int, float] = {}
         for index, (name, value) in enumerate(zip(overload.names, given, strict=True)):
@@ -95,7 +95,7 @@ class Elementwise:
             else:
                 tensors.append(None)
             scalars.append(is_scalar)
-            constants.append(None if is_scalar or isinstance(value, torch.Tensor) else value)
+            constant = None if is_scalar or isinstance(value, torch.Tensor) else value
         if any(scalars) and compute is torch.float64 and not exact_doubles():
             decline("a number in float64 would be rounded")
         walked = walk(result.shape, strides)
@@ -105,7 +105,7 @@ class Elementwise:
             formula=self.for_bool if self.for_bool is not None and compute is torch.bool else self.formula,
             tensors=tuple(tensors),
             scalars=tuple(scalars),
-            constants=tuple(constants),
+            constant=constant,
             compute=compute,
             out=result.dtype,
             as_is=tuple(index for index, name in enumerate(overload.names) if name in self.as_is),

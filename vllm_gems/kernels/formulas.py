@@ -38,11 +38,6 @@ def _zero(x):
     return tl.full((), 0, x.dtype)
 
 
-@triton.jit
-def _bits(x):
-    return x.dtype.primitive_bitwidth
-
-
 # Functions of one argument
 
 
@@ -308,7 +303,7 @@ def silu(x):
 @triton.jit
 def gelu(x, APPROXIMATE: tl.constexpr):
     if APPROXIMATE == "tanh":
-        return 0.5 * x * (1 + libdevice.tanh(_SQRT_2_OVER_PI * (x + 0.044715 * x * x * x)))
+        return 0.5 * x * (1 + libdevice.tanh((x + 0.044715 * x * x * x) * _SQRT_2_OVER_PI))
     else:
         return 0.5 * x * (1 + libdevice.erf(x * _SQRT_HALF))
 
@@ -565,15 +560,15 @@ def bitwise_xor(a, b):
 @triton.jit
 def bitwise_left_shift(a, b):
     """Nothing is left beyond the width, which the hardware does not promise."""
-    out_of_range = (b < 0) | (b >= _bits(a))
+    out_of_range = (b < 0) | (b >= a.dtype.primitive_bitwidth)
     return tl.where(out_of_range, _zero(a), a << tl.where(out_of_range, _zero(b), b))
 
 
 @triton.jit
 def bitwise_right_shift(a, b):
     """Nothing but the sign is left beyond the width."""
-    out_of_range = (b < 0) | (b >= _bits(a))
-    return a >> tl.where(out_of_range, _zero(b) + (_bits(a) - 1), b)
+    out_of_range = (b < 0) | (b >= a.dtype.primitive_bitwidth)
+    return a >> tl.where(out_of_range, _zero(b) + (a.dtype.primitive_bitwidth - 1), b)
 
 
 # Functions of more
@@ -647,8 +642,8 @@ def silu_backward(gradient, x):
 @triton.jit
 def gelu_backward(gradient, x, APPROXIMATE: tl.constexpr):
     if APPROXIMATE == "tanh":
-        inside = libdevice.tanh(_SQRT_2_OVER_PI * (x + 0.044715 * x * x * x))
-        slope = _SQRT_2_OVER_PI * (1 + 3 * 0.044715 * x * x)
+        inside = libdevice.tanh((x + 0.044715 * x * x * x) * _SQRT_2_OVER_PI)
+        slope = (1 + 3 * 0.044715 * x * x) * _SQRT_2_OVER_PI
         return gradient * (0.5 * (1 + inside) + 0.5 * x * (1 - inside * inside) * slope)
     else:
         density = libdevice.exp(-0.5 * x * x) * _ONE_OVER_SQRT_2_PI

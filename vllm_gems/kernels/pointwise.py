@@ -44,10 +44,8 @@ def _offset(i0, i1, i2, i3, i4, stride0, stride1, stride2, stride3, stride4, DIM
 
 
 @triton.jit
-def _argument(
-    ptr, at, live, scalar, CONSTANT: tl.constexpr, COMPUTE: tl.constexpr, IS_BOOL: tl.constexpr, AS_IS: tl.constexpr
-):
-    """What the formula gets: a tile, a number or a constant."""
+def _argument(ptr, at, live, scalar, COMPUTE: tl.constexpr, IS_BOOL: tl.constexpr, AS_IS: tl.constexpr):
+    """What the formula gets: a tile, a number, or None."""
     if ptr is not None:
         tile = tl.load(ptr + at, mask=live)
         if IS_BOOL:
@@ -59,7 +57,7 @@ def _argument(
     elif scalar is not None:
         return tl.full((), scalar, COMPUTE)
     else:
-        return CONSTANT
+        return None
 
 
 @triton.jit
@@ -87,10 +85,7 @@ def _pointwise_kernel(
     # Constexprs
     FORMULA: tl.constexpr,
     COUNT: tl.constexpr,  # arguments
-    CONSTANT0: tl.constexpr,
-    CONSTANT1: tl.constexpr,
-    CONSTANT2: tl.constexpr,
-    CONSTANT3: tl.constexpr,
+    CONSTANT: tl.constexpr,  # the last argument, if it is neither tensor nor number
     COMPUTE: tl.constexpr,  # the dtype that is computed in
     BOOLS: tl.constexpr,  # bits: the tensors that are bool
     AS_IS: tl.constexpr,  # bits: the arguments that are not converted to it
@@ -134,20 +129,26 @@ def _pointwise_kernel(
         if ptr2 is not None:
             at2 = _offset(i0, i1, i2, i3, i4, c0, c1, c2, c3, c4, DIMS)
 
-    v0 = _argument(ptr0, at0, live, scalar0, CONSTANT0, COMPUTE, BOOLS & 1, AS_IS & 1)
-    if COUNT == 1:
-        y = FORMULA(v0)
-    if COUNT > 1:
-        v1 = _argument(ptr1, at1, live, scalar1, CONSTANT1, COMPUTE, BOOLS & 2, AS_IS & 2)
-    if COUNT == 2:
-        y = FORMULA(v0, v1)
-    if COUNT > 2:
-        v2 = _argument(ptr2, at2, live, scalar2, CONSTANT2, COMPUTE, BOOLS & 4, AS_IS & 4)
-    if COUNT == 3:
-        y = FORMULA(v0, v1, v2)
-    if COUNT == 4:
-        v3 = _argument(None, at, live, scalar3, CONSTANT3, COMPUTE, 0, 0)
-        y = FORMULA(v0, v1, v2, v3)
+    v0 = _argument(ptr0, at0, live, scalar0, COMPUTE, BOOLS & 1, AS_IS & 1)
+    v1 = _argument(ptr1, at1, live, scalar1, COMPUTE, BOOLS & 2, AS_IS & 2)
+    v2 = _argument(ptr2, at2, live, scalar2, COMPUTE, BOOLS & 4, AS_IS & 4)
+    v3 = _argument(None, at, live, scalar3, COMPUTE, 0, 0)
+    if CONSTANT is None:
+        if COUNT == 1:
+            y = FORMULA(v0)
+        elif COUNT == 2:
+            y = FORMULA(v0, v1)
+        elif COUNT == 3:
+            y = FORMULA(v0, v1, v2)
+        else:
+            y = FORMULA(v0, v1, v2, v3)
+    else:
+        if COUNT == 2:
+            y = FORMULA(v0, CONSTANT)
+        elif COUNT == 3:
+            y = FORMULA(v0, v1, CONSTANT)
+        else:
+            y = FORMULA(v0, v1, v2, CONSTANT)
     if OUT_BOOL:
         y = y != 0
     tl.store(out_ptr + out_at, y.to(out_ptr.dtype.element_ty), mask=live)
@@ -203,7 +204,7 @@ class Pointwise(NamedTuple):
     formula: Any
     tensors: tuple[torch.dtype | None, ...]  # by argument; None for what is none
     scalars: tuple[bool, ...]  # by argument
-    constants: tuple[Any, ...]  # by argument; None for the others
+    constant: Any  # the last argument, if that is neither; else None
     compute: torch.dtype
     out: torch.dtype
     as_is: tuple[int, ...] = ()  # arguments that keep their dtype
@@ -217,7 +218,6 @@ def pointwise_build(call: Pointwise, walked: Walk, aligned: bool) -> tuple[Build
     count = len(call.tensors)
     padded = [*call.tensors, *(None,) * (MAX_ARGUMENTS - count)]
     scalars = [*call.scalars, *(False,) * (MAX_ARGUMENTS - count)]
-    constants = [*call.constants, *(None,) * (MAX_ARGUMENTS - count)]
     dims = 0 if walked.contiguous else len(walked.sizes)
     numel = 1
     for size in walked.sizes:
@@ -244,7 +244,7 @@ def pointwise_build(call: Pointwise, walked: Walk, aligned: bool) -> tuple[Build
         constexprs=(
             ("FORMULA", call.formula),
             ("COUNT", count),
-            *((f"CONSTANT{index}", value) for index, value in enumerate(constants)),
+            ("CONSTANT", call.constant),
             ("COMPUTE", COMPUTE[call.compute]),
             ("BOOLS", bools),
             ("AS_IS", sum(1 << index for index in call.as_is)),
