@@ -146,8 +146,9 @@ def same(got: Any, expected: Any, label: str) -> None:
             same(mine, other, label)
         return
     assert got.dtype == expected.dtype, f"{label}: {got.dtype}, PyTorch {expected.dtype}"
+    laid_out = expected.numel() > 0  # there is nothing whose place could matter
     torch.testing.assert_close(
-        got, expected, equal_nan=True, check_stride=True, msg=lambda text: f"{label}: {text}"
+        got, expected, equal_nan=True, check_stride=laid_out, msg=lambda text: f"{label}: {text}"
     )
 
 

@@ -18,7 +18,13 @@ SAMPLES = 6  # of each dtype; the whole set is PyTorch's to run, and takes an ho
 DTYPES = (torch.float32, torch.bfloat16, torch.int64)
 OPERATIONS = {row.op for row in aten.ROWS}
 # Names of PyTorch's under which it has the operations of the table, where they are not the same.
-NAMES = {"true_divide": "div", "divide": "div", "sub": "sub", "_softmax_backward_data": "softmax"}
+NAMES = {
+    "true_divide": "div",
+    "softmax": "_softmax",
+    "log_softmax": "_log_softmax",
+    "nn.functional.layer_norm": "native_layer_norm",
+    "nn.functional.group_norm": "native_group_norm",
+}
 
 
 def operation(info: Any) -> str | None:
@@ -28,8 +34,12 @@ def operation(info: Any) -> str | None:
 
 
 # Those have overloads of their own, which are not in the table.
-OTHERS = ("decimals_0", "decimals_3", "decimals_neg_3", "complex")
-INFOS = [info for info in op_db if operation(info) and info.variant_test_name not in OTHERS]
+OTHERS = ("decimals_0", "decimals_3", "decimals_neg_3", "complex", "binary")
+INFOS = [
+    info
+    for info in op_db
+    if operation(info) and info.variant_test_name not in OTHERS and not info.name.startswith("masked.")
+]
 
 
 def identity(info: Any) -> str:

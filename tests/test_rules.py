@@ -57,8 +57,11 @@ ALLOWED = {
     "sites": {".errors"},
     "cublaslt": {".errors", ".launch"},
     "replay": {".launch", ".scratch"},
+    "overloads": {".errors", ".launch"},
+    "elementwise": {".kernels", ".launch", ".overloads"},
     "patches": {
-        ".cublaslt", ".errors", ".kernels", ".launch", ".nouns", ".probes", ".replay", ".seams", ".sites",
+        ".cublaslt", ".elementwise", ".errors", ".kernels", ".launch", ".nouns", ".overloads", ".probes", ".replay",
+        ".seams", ".sites", ".tuned",
     },
     "binders": {".probes", ".nouns", ".sites", ".worlds"},
     "ops": {".nouns"},

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
-import importlib.resources
 import json
 import os
 import pathlib
@@ -16,7 +15,7 @@ from typing import Any
 from . import __version__, seams
 from . import tuned as configurations
 from .nouns import Row, State
-from .tuned import gpu_slug
+from .tuned import speedups
 
 
 @dataclass(frozen=True)
@@ -159,16 +158,6 @@ def _tuned(reports: Iterable[Report]) -> dict[str, Mapping[str, Any]]:
             before = merged[kernel]["missing"] if kernel in merged else []
             merged[kernel] = {**state, "missing": sorted({*before, *state["missing"]})}
     return merged
-
-
-def speedups(device: str) -> dict[str, float]:
-    """Patch -> vLLM's time over ours on this GPU, as measured when this release was made; empty for other GPUs.
-
-    Host time through the layer for patches of layers, GPU time for patches of ops.
-    """
-    file = importlib.resources.files(__package__).joinpath("measured", f"{gpu_slug(device)}.json")
-    found: dict[str, float] = json.loads(file.read_text())["speedup"] if file.is_file() else {}
-    return found
 
 
 def _added(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:

@@ -6,6 +6,7 @@ dtype that PyTorch computes in, and what is None, a word or a whole number of th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -165,21 +166,24 @@ class Walk(NamedTuple):
         return len(self.sizes) == 0 or (len(self.sizes) == 1 and all(each == (1,) for each in self.strides))
 
     @property
+    def numel(self) -> int:
+        return math.prod(self.sizes)
+
+    @property
     def reach(self) -> int:
         """The largest offset of an element, or their number."""
         ends = [sum((size - 1) * step for size, step in zip(self.sizes, each, strict=True)) for each in self.strides]
-        numel = 1
-        for size in self.sizes:
-            numel *= size
-        return max(numel, *ends)
+        return max(self.numel, *ends)
 
 
-def walk(shape: Sequence[int], strides: Sequence[Sequence[int]]) -> Walk:
-    """The first tensor decides the order: its largest stride is the outermost, so that it is written as it lies."""
-    order = sorted(
-        (dim for dim, size in enumerate(shape) if size != 1),
-        key=lambda dim: [-each[dim] for each in strides],
-    )
+def walk(shape: Sequence[int], strides: Sequence[Sequence[int]], in_order: bool = False) -> Walk:
+    """The first tensor decides the order: its largest stride is the outermost, so that it is written as it lies.
+
+    in_order: elements are numbered as the dimensions are, whatever their strides.
+    """
+    order = [dim for dim, size in enumerate(shape) if size != 1]
+    if not in_order:
+        order.sort(key=lambda dim: [-each[dim] for each in strides])
     sizes: list[int] = []
     steps: list[list[int]] = []
     for dim in order:
@@ -219,9 +223,7 @@ def pointwise_build(call: Pointwise, walked: Walk, aligned: bool) -> tuple[Build
     padded = [*call.tensors, *(None,) * (MAX_ARGUMENTS - count)]
     scalars = [*call.scalars, *(False,) * (MAX_ARGUMENTS - count)]
     dims = 0 if walked.contiguous else len(walked.sizes)
-    numel = 1
-    for size in walked.sizes:
-        numel *= size
+    numel = walked.numel
 
     types: list[str | None] = [memory_pointer(call.out)]
     types += [None if each is None else memory_pointer(each) for each in padded[:MAX_TENSORS]]

@@ -13,14 +13,16 @@ from typing import Any
 
 import torch
 
+from ..along import Along, Normalise
 from ..elementwise import Elementwise
 from ..errors import Refused
 from ..kernels import formulas
 from ..nouns import Patch, Place, Seam
 from ..overloads import Overload, Row, is_replaceable, name_of, overloads_of
 from ..probes import normalise_schema
-from ..reports import speedups
+from ..reductions import Reduce
 from ..sites import Site
+from ..tuned import speedups
 
 PREFIX = "aten."
 
@@ -49,6 +51,7 @@ _GRADIENTS = (
     "gelu", "hardshrink", "hardsigmoid", "hardswish", "hardtanh", "logit", "mish", "sigmoid", "silu", "softplus",
     "softshrink", "tanh",
 )  # fmt: skip
+_GRADIENT = ("grad_output", "output")
 _COMPARISONS = ("eq", "ge", "gt", "le", "lt", "ne")
 _LOGICAL = ("logical_and", "logical_or", "logical_xor")
 _BITWISE = ("bitwise_and", "bitwise_or", "bitwise_xor")
@@ -101,6 +104,24 @@ ROWS: tuple[Row, ...] = (
     *_rows(("clamp_max",), families="fi", promotes=("max",)),
     *_rows(("lerp", "addcdiv"), families="f"),
     *_rows(("addcmul",), families="fi"),
+    # Reductions
+    *(Reduce(op, op) for op in ("sum", "mean", "prod", "any", "all", "max", "min", "var", "std")),
+    Reduce("amax", "max"),
+    Reduce("amin", "min"),
+    Reduce("argmax", "max", indices=True),
+    Reduce("argmin", "min", indices=True),
+    Reduce("var_mean", "var", mean=True),
+    Reduce("std_mean", "std", mean=True),
+    Reduce("count_nonzero", "count"),
+    # Along a dimension
+    Along("_softmax", "softmax", arguments=("dim", "half_to_float")),
+    Along("_log_softmax", "log_softmax", arguments=("dim", "half_to_float")),
+    Along("_softmax_backward_data", "softmax gradient", _GRADIENT, ("dim", "input_dtype")),
+    Along("_log_softmax_backward_data", "log_softmax gradient", _GRADIENT, ("dim", "input_dtype")),
+    Along("cumsum", "cumsum", arguments=("dim", "dtype"), families="fi"),
+    Along("cumprod", "cumprod", arguments=("dim", "dtype"), families="fi"),
+    Normalise("native_layer_norm"),
+    Normalise("native_group_norm"),
     # Memory
     *_rows(("copy",), only="src", converts=True, in_place=True),
     *_rows(("fill", "zero"), only="self"),
