@@ -59,6 +59,14 @@ REGISTERS: dict[str, Registers] = {
     # Eight elements a thread, with addresses of 64 bits each of three tensors of five dimensions: 12 warps. The formulas
     # on what is one walk through memory take 64.
     "_pointwise_kernel": Registers(168, 168),
+    # Eight elements a thread, the place of each and the best so far, with 64-bit addresses: 16 warps.
+    "_reduce_kernel": Registers(128, 128),
+    "_arg_kernel": Registers(128, 128),
+    # Rows of 1024 elements on four warps are 8 a thread, read again for the result; columns the same with addresses.
+    "_softmax_kernel": Registers(128, 128),
+    "_softmax_gradient_kernel": Registers(128, 128),
+    "_scan_kernel": Registers(128, 128),
+    "_norm_kernel": Registers(96, 96),
     # Up to 8 elements a thread, which is one access of 16 bytes: 32 warps, 8 waves.
     "_activation_kernel": Registers(64, 64),
     # A group's query heads and their accumulator, and the addresses of two tiles: 12 warps, which are the three

@@ -26,8 +26,10 @@ from triton.backends.compiler import GPUTarget
 
 from vllm_gems.catalog import catalog
 from vllm_gems.elementwise import Elementwise
+from vllm_gems.kernels import along
 from vllm_gems.kernels.mla_decode import GLUON, MLA_DECODE, Latents, hopper_build
 from vllm_gems.kernels.pointwise import Pointwise, pointwise_build, walk
+from vllm_gems.kernels.reduce import Reduction, reduce_build
 from vllm_gems.launch import Build, compile_for, triton_release
 from vllm_gems.nouns import Kernel
 from vllm_gems.overloads import overloads_of
@@ -124,7 +126,7 @@ def hopper_jobs() -> list[Job]:
     ]  # fmt: skip
 
 
-OVERRIDES = ("elementwise",)  # of PyTorch's operations, which are no kernels of the catalog
+OVERRIDES = ("elementwise", "reductions", "along")  # of PyTorch's operations, which are no kernels of the catalog
 
 
 def elementwise_jobs(target: str) -> Iterator[Job]:
@@ -177,10 +179,39 @@ def _calls(row: Elementwise, schema: Any, dtype: torch.dtype) -> Iterator[Pointw
         )
 
 
+def reduction_jobs(target: str) -> Iterator[Job]:
+    """Everything that is reduced or done along a dimension: of rows, and of columns, which are walked through apart.
+
+    Columns take more registers; they are enough where nothing is tuned.
+    """
+    layouts = {"rows": ((512,), (4096,), (4096, 1)), "columns": ((4096,), (512,), (1, 4096))}
+    if target != MODELS_ON:
+        del layouts["rows"]
+    for label, (kept, gone, (kept_step, step)) in layouts.items():
+        kept_walk = walk(kept, [[kept_step], [1]])
+        for what in ("sum", "mean", "prod", "max", "min", "any", "all", "count", "var", "std", "argmax", "argmin"):
+            for x, compute in ((torch.bfloat16, torch.float32), (torch.int64, torch.int64)):
+                if compute is torch.int64 and (what in ("mean", "var", "std") or target != MODELS_ON):
+                    continue
+                out = torch.bool if what in ("any", "all") else torch.int64 if what == "count" else x
+                call = Reduction(what, x, compute, out, x if what == "var" else None)
+                build, _, _ = reduce_build(call, kept_walk, walk(gone, [[step]]), True)
+                yield Job(build, ["reductions"], f"{what} of {label}", str(x), (), False)
+        for what in along.FUNCTIONS:
+            count = 3 if "gradient" in what else 2
+            rows = along.Rows(walk(kept, [[kept_step]] * count), gone[0], (step,) * count)
+            build, _, _ = along.along_build(what, (torch.bfloat16,) * count, torch.float32, rows, True)
+            yield Job(build, ["along"], f"{what} of {label}", "bfloat16", (), False)
+    for groups in (0, 32):
+        x = torch.bfloat16
+        norm = along.Norm(x, x, x, torch.float32, torch.float32, 4096, groups, 64, 64)
+        yield Job(along.norm_build(norm, True), ["along"], f"norm, {groups=}", "bfloat16", (), False)
+
+
 def jobs_for(target: str) -> list[Job]:
     """What is compiled for `target`."""
     jobs = every_job(catalog().kernels.values())
-    overrides = list(elementwise_jobs(target))
+    overrides = [*elementwise_jobs(target), *reduction_jobs(target)]
     if target != MODELS_ON:
         return [*representatives(jobs, target), *overrides]
     of_models = [job for job in jobs if job.bench and job.build.aligned and job.dtype == job.dtypes[-1]]

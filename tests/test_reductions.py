@@ -121,7 +121,7 @@ def test_along_any_dimension(name: str, dtype: torch.dtype) -> None:
     cases = [
         (f"{label}, {dim=}", x, dim)
         for label, x in tensors(dtype)
-        if not (name == "cumprod" and label == "long" and dtype is torch.int64)  # an overflow, which is any number
+        if not (name == "cumprod" and label == "long")  # products of thousands, which the interpreter does one by one
         for dim in range(max(1, x.dim()))
     ]
     call = ALONG[name]

@@ -218,7 +218,7 @@ class Rows(NamedTuple):
     steps: tuple[int, ...]  # from an element to the next, of each tensor
 
 
-_FUNCTIONS = {
+FUNCTIONS = {
     "softmax": (_softmax_kernel, "LOG", False), "log_softmax": (_softmax_kernel, "LOG", True),
     "softmax gradient": (_softmax_gradient_kernel, "LOG", False),
     "log_softmax gradient": (_softmax_gradient_kernel, "LOG", True),
@@ -231,9 +231,9 @@ def along_build(
 ) -> tuple[Build, int, tuple[int, ...]]:
     """What is compiled; how many programs there are; and the arguments after the tensors.
 
-    what: a key of _FUNCTIONS. dtypes: of the tensors, the result's last.
+    what: a key of FUNCTIONS. dtypes: of the tensors, the result's last.
     """
-    function, name, value = _FUNCTIONS[what]
+    function, name, value = FUNCTIONS[what]
     if min(rows.steps) == 1:
         block_n = min(_TILE, max(16, power_of_two(rows.length)))
         block_m = max(1, min(1024 // block_n, power_of_two(rows.starts.numel)))

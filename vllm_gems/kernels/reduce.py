@@ -222,6 +222,7 @@ def reduce_build(call: Reduction, kept: Walk, reduced: Walk, aligned: bool) -> t
     else:  # neighbours are kept
         block_m = min(64, power_of_two(kept_numel))
         block_n = min(32, power_of_two(reduced_numel))
+    num_warps = 4 if block_m * block_n <= _TILE // 2 else 8
     is_arg = call.what.startswith("arg")
     number = "fp64" if call.compute is torch.float64 else "fp32"
     sizes, dims, tail = [], [], [kept_numel, reduced_numel]
@@ -241,7 +242,7 @@ def reduce_build(call: Reduction, kept: Walk, reduced: Walk, aligned: bool) -> t
             types=(memory_pointer(call.x), value, "*i64", *types),
             constexprs=(("IS_MAX", call.what == "argmax"), ("COMPUTE", _TYPES[call.compute]), *shape),
             aligned=aligned,
-            num_warps=4,
+            num_warps=num_warps,
         )
     else:
         second = None if call.second is None else memory_pointer(call.second)
@@ -253,6 +254,6 @@ def reduce_build(call: Reduction, kept: Walk, reduced: Walk, aligned: bool) -> t
                 ("WHAT", call.what), ("COMPUTE", _TYPES[call.compute]), ("OUT_BOOL", call.out is torch.bool), *shape,
             ),
             aligned=aligned,
-            num_warps=4,
+            num_warps=num_warps,
         )  # fmt: skip
     return build, triton.cdiv(kept_numel, block_m), tuple(tail)
