@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch._prims_common import ELEMENTWISE_TYPE_PROMOTION_KIND as KINDS
-from torch._prims_common import elementwise_dtypes
+from torch._prims_common import compute_elementwise_output_strides, elementwise_dtypes, make_contiguous_strides_for
 
 from .kernels.pointwise import COMPUTE, MAX_ARGUMENTS, MAX_DIMS, MAX_TENSORS, Pointwise, pointwise_build, walk
 from .launch import launcher
@@ -34,7 +34,11 @@ class Elementwise:
     families: str = "fib"  # what is computed in: floats, integers, bool
     promotes: tuple[str, ...] = ("other", "exponent")  # numbers whose type counts, as all tensors' does
     only: str = ""  # the one argument whose dtype counts
+    in_place: bool = False  # and in no other form
+    converts: bool = False  # to any dtype that is written to, as copying does
     as_is: tuple[str, ...] = ()  # tensors that are not converted, and do not count
+    contiguous: tuple[str, ...] = ()  # overloads whose result is so, however the arguments lie
+    last_first: bool = False  # the last argument's layout is the result's, not the first one's
     # (name, dtype of the result) -> the number in the place of None
     missing: Callable[[str, torch.dtype], float] | None = None
     for_bool: Any = None  # the formula for bool, where it is another one
@@ -47,6 +51,7 @@ class Elementwise:
             len(arguments) == len(self.formula.arg_names) <= MAX_ARGUMENTS
             and [str(each.type) for each in schema.returns] == ["Tensor"]
             and "Tensor" in types
+            and (not self.in_place or schema.name.endswith("_"))
             and not any("List" in kind for kind in types)
             and not any("Tensor" in kind for kind in types[MAX_TENSORS:])
         )
@@ -64,13 +69,16 @@ class Elementwise:
             and name not in self.as_is
             and (name == self.only if self.only else is_tensor or name in self.promotes)
         ]
-        compute, _ = elementwise_dtypes(*counted, type_promotion_kind=_KINDS[kind])
+        compute, produced = elementwise_dtypes(*counted, type_promotion_kind=_KINDS[kind])
+        if not self.converts and not torch.can_cast(produced, result.dtype):
+            decline(f"PyTorch does not write {produced} to {result.dtype}")
         if compute not in COMPUTE:
             decline(f"it is computed in {compute}")
         family = "b" if compute is torch.bool else "f" if compute.is_floating_point else "i"
         if family not in self.families:
             decline(f"it is computed in {compute}, which the formula is not for")
 
+        result = self._laid_out(overload, result, given)
         device = overload.device(args)
         tensors: list[torch.dtype | None] = []
         scalars: list[bool] = []
@@ -103,6 +111,17 @@ class Elementwise:
             as_is=tuple(index for index, name in enumerate(overload.names) if name in self.as_is),
         )
         return _plan(overload, call, result, walked, device, fixed)
+
+    def _laid_out(self, overload: Overload, result: torch.Tensor, given: tuple[Any, ...]) -> torch.Tensor:
+        """With the strides of PyTorch's kernels: some meta kernels are made of several operations, and differ."""
+        if overload.written:
+            return result
+        if overload.op._overloadname in self.contiguous:
+            strides = make_contiguous_strides_for(result.shape)
+        else:
+            tensors = [each.expand(result.shape) for each in given if isinstance(each, torch.Tensor)]
+            strides = compute_elementwise_output_strides(*(reversed(tensors) if self.last_first else tensors))
+        return torch.empty_strided(result.shape, strides, dtype=result.dtype, device="meta")
 
 
 def _plan(

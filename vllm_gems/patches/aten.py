@@ -46,8 +46,8 @@ _ACTIVATIONS = (
     "softshrink",
 )  # fmt: skip
 _GRADIENTS = (
-    "elu", "gelu", "hardshrink", "hardsigmoid", "hardswish", "hardtanh", "leaky_relu", "logit", "mish", "sigmoid",
-    "silu", "softplus", "softshrink", "tanh", "threshold",
+    "gelu", "hardshrink", "hardsigmoid", "hardswish", "hardtanh", "logit", "mish", "sigmoid", "silu", "softplus",
+    "softshrink", "tanh",
 )  # fmt: skip
 _COMPARISONS = ("eq", "ge", "gt", "le", "lt", "ne")
 _LOGICAL = ("logical_and", "logical_or", "logical_xor")
@@ -71,19 +71,21 @@ ROWS: tuple[Row, ...] = (
     *_rows(("abs", "neg", "sign", "ceil", "floor", "trunc", "round", "relu"), families="fi"),
     *_rows(("hardtanh", "threshold"), families="f", only="self"),
     *_rows(_ACTIVATIONS, families="f"),
-    *_rows((f"{name}_backward" for name in _GRADIENTS if hasattr(formulas, f"{name}_backward")), families="f"),
+    *_rows((f"{name}_backward" for name in _GRADIENTS), families="f"),
+    *_rows(("leaky_relu_backward", "threshold_backward"), families="f", last_first=True),
     *_rows(_TESTS, kind="bool", families="f"),
     *_rows(("logical_not",), kind="bool"),
     *_rows(("nan_to_num",), families="f", missing=_limit),
     *_rows(("bitwise_not",), families="ib", for_bool=formulas.logical_not),
     # Two operands
     *_rows(("add",)),
-    *_rows(("sub", "rsub"), families="fi"),
+    *_rows(("sub",), families="fi"),
+    *_rows(("rsub",), families="fi", last_first=True),
     *_rows(("mul", "maximum", "minimum", "fmax", "fmin")),
     Elementwise("div", formulas.true_divide, kind="float", families="f"),
     Elementwise("div", formulas.div, kind=_rounded, families="fi"),
     *_rows(("floor_divide", "remainder", "fmod"), families="fi"),
-    *_rows(("pow",), families="f", promotes=("self", "exponent")),
+    *_rows(("pow",), families="f", promotes=("self", "exponent"), contiguous=("Scalar",)),
     *_rows(("atan2", "copysign"), kind="float", families="f"),
     *_rows(("hypot", "heaviside", "logaddexp", "logaddexp2"), families="f"),
     *_rows(("xlogy",), kind="float", families="f", promotes=("self", "other")),
@@ -93,14 +95,14 @@ ROWS: tuple[Row, ...] = (
     *_rows(_SHIFTS, families="i", promotes=("self", "other")),
     # More
     *_rows(("where",), as_is=("condition",)),
-    *_rows(("masked_fill",), only="self", as_is=("mask",)),
+    *_rows(("masked_fill",), only="self", as_is=("mask",), contiguous=("Scalar", "Tensor")),
     *_rows(("clamp",), families="fi", promotes=("min", "max")),
     *_rows(("clamp_min",), families="fi", promotes=("min",)),
     *_rows(("clamp_max",), families="fi", promotes=("max",)),
     *_rows(("lerp", "addcdiv"), families="f"),
     *_rows(("addcmul",), families="fi"),
     # Memory
-    *_rows(("copy",), only="src", as_is=()),
+    *_rows(("copy",), only="src", converts=True, in_place=True),
     *_rows(("fill", "zero"), only="self"),
 )
 

@@ -1,0 +1,62 @@
+"""Overrides of PyTorch's operations: each overload of the table against PyTorch, in all layouts and dtypes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from aten_calls import DEVICE, Call, calls_of, expected_of, outcome, same
+
+import vllm_gems
+from vllm_gems.catalog import aten_catalog
+from vllm_gems.elementwise import Elementwise
+from vllm_gems.overloads import name_of, overloads_of
+from vllm_gems.patches import aten
+
+BOUND = tuple(aten_catalog().patches)
+ELEMENTWISE = sorted({row.op for row in aten.ROWS if isinstance(row, Elementwise)})
+
+
+# PyTorch's kernels for CPUs and for GPUs differ where there is no number: ours are for GPUs.
+FINITE = ("gelu",)
+# What comes out depends on the limits of the dtype.
+BY_DTYPE = ("nan_to_num",)
+
+
+def hits(name: str) -> int:
+    return sum(row.hits for row in vllm_gems.report().rows if row.patch == name)
+
+
+def overridden(op: str) -> list[tuple[str, Any]]:
+    every = ((aten.PREFIX + name_of(each).partition("::")[2], each) for each in overloads_of(op))
+    return [(name, each) for name, each in every if name in BOUND]
+
+
+@pytest.mark.parametrize("op", ELEMENTWISE)
+def test_overloads_do_what_pytorch_does(op: str) -> None:
+    """Values, dtypes, strides and errors; functional, in place, and into tensors that are given; and our kernel ran."""
+    finite = op in FINITE or op.endswith("_backward")
+    for name, overload in overridden(op):
+        calls = [with_outs(overload, call) for _, call in calls_of(overload, finite)]
+        expected = [expected_of(overload, call, wide=op not in BY_DTYPE) for call in calls]
+        given = [call.copy() for call in calls]
+        with vllm_gems.use_gems(name):
+            got = [outcome(overload, call) for call in given]
+            counted = hits(name)
+        for mine, other, call in zip(got, expected, given, strict=True):
+            same(mine, other, f"{name} {call.label}")
+        assert counted > 0, f"{name} was called {len(calls)} times, and never by our kernel"
+
+
+def with_outs(overload: Any, call: Call) -> Call:
+    """With tensors to write to, of the shape that PyTorch would give them and full of something else."""
+    outs = [each.name for each in overload._schema.arguments if each.is_out]
+    like = next(each.dtype for each in call.args if isinstance(each, torch.Tensor))
+    for dtype in (torch.bool, like, torch.float32):
+        written = {name: torch.empty(0, dtype=dtype, device=DEVICE) for name in outs}
+        if outs and not isinstance(outcome(overload, Call(call.args, {**call.kwargs, **written}, "")), type):
+            call.kwargs.update({name: torch.full_like(out, 3) for name, out in written.items()})
+            return call
+    call.kwargs.update({name: torch.zeros(0, device=DEVICE) for name in outs})
+    return call
