@@ -7,7 +7,7 @@ Every model runs in float32 as PyTorch has it, which is the reference, and then 
 that is not padding. In float32 the results must agree within 1e-3, absolute and relative; in half precision within
 1e-3, or by a cosine of at least 0.99 at the worst token. Where PyTorch's own result differs from the reference, ours
 may differ by four times as much: in half precision, and with `--reference float64` in float32, too. LLaMA generates
-besides, with five beams and up to --max-length tokens, with and without: in float32 the tokens must be the same; in
+besides, with --beams and up to --max-length tokens, with and without: in float32 the tokens must be the same; in
 half precision two right kernels may round apart, and it is only said.
 
 Without --path the weights are random, in the public shapes (bert-base, LLaMA-2-7B, LLaVA-1.5-7B), or tiny with --tiny.
@@ -102,11 +102,11 @@ def outputs(subject: Subject, model: Any) -> torch.Tensor:
 
 
 @torch.inference_mode()
-def generated(subject: Subject, model: Any, max_length: int) -> torch.Tensor | None:
+def generated(subject: Subject, model: Any, max_length: int, beams: int) -> torch.Tensor | None:
     """The tokens of beam search."""
     if not subject.generates:
         return None
-    return model.generate(**subject.inputs_for(model.dtype), max_length=max_length, num_beams=5, do_sample=False)
+    return model.generate(**subject.inputs_for(model.dtype), max_length=max_length, num_beams=beams, do_sample=False)
 
 
 def in_dtype(model: Any, dtype: torch.dtype) -> Any:
@@ -138,6 +138,7 @@ def compare(
     overrides: Overrides,
     dtypes: Iterable[str] = DTYPES,
     max_length: int = 100,
+    beams: int = 5,
     reference: str = "float32",
 ) -> tuple[list[Row], Report | None]:
     """A row for each dtype, and the report as it was under the last one's overrides.
@@ -150,10 +151,10 @@ def compare(
     for name in dtypes:
         model = in_dtype(subject.model, getattr(torch, name))
         stock = outputs(subject, model)
-        wanted = generated(subject, model, max_length)
+        wanted = generated(subject, model, max_length, beams)
         with overrides():
             ours = outputs(subject, model)
-            got = generated(subject, model, max_length)
+            got = generated(subject, model, max_length, beams)
             report = overridden()
         # Of hundreds that are refused, it is for the same reason.
         failed = {f"{row.patch} failed {row.errors} times: {row.why}" for row in report.rows if row.errors}
@@ -204,6 +205,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--max-length", type=int, default=100, help="tokens of LLaMA, the prompt's counted (%(default)s)"
     )
+    parser.add_argument("--beams", type=int, default=5, help="of LLaMA's search, 1 for none (%(default)s)")
     parser.add_argument("--attention", choices=("sdpa", "eager"), default="sdpa", help="transformers' (%(default)s)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
     parser.add_argument("--tiny", action="store_true", help="small random models")
@@ -229,6 +231,7 @@ def main(arguments: Sequence[str]) -> int:
             lambda: vllm_gems.use_gems(include=args.include, exclude=args.exclude),
             args.dtype,
             args.max_length,
+            args.beams,
             args.reference,
         )
         rows += found
