@@ -96,8 +96,12 @@ class Row:
 
 @torch.inference_mode()
 def outputs(subject: Subject, model: Any) -> torch.Tensor:
-    """The results that are compared, in float64, one row for each token that is not padding."""
-    found = model(**subject.inputs_for(model.dtype))[subject.result]
+    """The results that are compared, as the model leaves them."""
+    return model(**subject.inputs_for(model.dtype))[subject.result]
+
+
+def judged(subject: Subject, found: torch.Tensor) -> torch.Tensor:
+    """Results in float64, one row for each token that is not padding. To be called where nothing is overridden."""
     return found[subject.inputs["attention_mask"].bool()].double()
 
 
@@ -145,17 +149,18 @@ def compare(
 
     `reference` is the dtype of the results that all others are compared with.
     """
-    exact = outputs(subject, in_dtype(subject.model, getattr(torch, reference)))
+    exact = judged(subject, outputs(subject, in_dtype(subject.model, getattr(torch, reference))))
     rows: list[Row] = []
     report = None
     for name in dtypes:
         model = in_dtype(subject.model, getattr(torch, name))
-        stock = outputs(subject, model)
+        stock = judged(subject, outputs(subject, model))
         wanted = generated(subject, model, max_length, beams)
         with overrides():
             ours = outputs(subject, model)
             got = generated(subject, model, max_length, beams)
             report = overridden()
+        ours = judged(subject, ours)
         # Of hundreds that are refused, it is for the same reason.
         failed = {f"{row.patch} failed {row.errors} times: {row.why}" for row in report.rows if row.errors}
         failed |= {row.why for row in report.rows if not row.ok and not row.errors}
