@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .kernels.indexing import MAX_DIMS, MAX_INDICES, Index, Move, move_builds
+from .kernels.indexing import MAX_INDICES, Index, Move, move_builds
 from .launch import launcher
 from .overloads import Overload, Plan, decline
 
@@ -89,8 +89,6 @@ class Indexing:
 def _launch(part: Part, device: int) -> Callable[[int, int, Arguments], None]:
     """(address of the result, number, arguments) -> what a launch does."""
     ways = move_builds(part.move)
-    if ways is None:
-        decline(f"its tensors lie in more than {MAX_DIMS} dimensions that are no single walk")
     by_element, together = ways[0], ways[-1]
     launch_one, launch_many = (launcher(way.build, device) for way in (by_element, together))
     skipped = part.skipped * part.move.itemsize
@@ -118,15 +116,20 @@ def _bits(value: Any, dtype: torch.dtype) -> int:
         decline(f"{value} is no {dtype}: {type(error).__name__}")
 
 
-# Shapes and strides, in which a tensor without dimensions has one
-
-
 def _tensors(args: Arguments) -> Iterator[torch.Tensor]:
     for each in args:
         if isinstance(each, torch.Tensor):
             yield each
         elif isinstance(each, (list, tuple)):
             yield from _tensors(tuple(each))
+
+
+def _item(argument: int, index: int) -> Getter:
+    """Of a list."""
+    return lambda args: args[argument][index]
+
+
+# Shapes and strides, in which a tensor without dimensions has one
 
 
 def _shape(tensor: torch.Tensor) -> tuple[int, ...]:
@@ -221,7 +224,7 @@ def _indexed(overload: Overload, args: Arguments, out: torch.Tensor) -> Iterator
     ]
     steps = source.stride()
     read = (*steps[:first], *_zeros(len(shape)), *steps[first + count :])
-    getters = [lambda args, dim=dim: args[1][dim] for dim in dims]
+    getters = [_item(1, dim) for dim in dims]
     yield _picked(out, source, read, indices, getters, wraps=True)
 
 
@@ -265,7 +268,7 @@ def _cat(overload: Overload, args: Arguments, out: torch.Tensor) -> Iterator[Par
         if each.numel():
             shape = tuple(each.shape)
             move = Move(shape, steps, steps, each.stride(), out.dtype.itemsize, _reach(out, each))
-            yield Part(move, lambda args, index=index: args[0][index], skipped=at * steps[dim])
+            yield Part(move, _item(0, index), skipped=at * steps[dim])
             at += shape[dim]
 
 

@@ -9,6 +9,7 @@ copied eight bytes at a time.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -16,6 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ..errors import Refused
 from ..launch import Build, pointer
 from .common import power_of_two
 from .pointwise import MAX_DIMS, Walk, walk
@@ -87,10 +89,7 @@ def _indexed_copy_kernel(
     WIDE: tl.constexpr,  # offsets need 64 bits
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    pid = tl.program_id(0)
-    if WIDE:
-        pid = pid.to(tl.int64)
-    at = pid * BLOCK + tl.arange(0, BLOCK)
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     live = at < numel
     i0, i1, i2, i3, i4 = at, at, at, at, at
     if DIMS > 4:
@@ -105,9 +104,12 @@ def _indexed_copy_kernel(
     if DIMS > 1:
         i1 = i0 % size1
         i0 = i0 // size1
+    if WIDE:
+        i0, i1, i2 = i0.to(tl.int64), i1.to(tl.int64), i2.to(tl.int64)
+        i3, i4 = i3.to(tl.int64), i4.to(tl.int64)
 
     write_at = _offset(i0, i1, i2, i3, i4, write0, write1, write2, write3, write4, DIMS)
-    moved = tl.zeros_like(at)
+    moved = tl.zeros_like(i0)
     inside = live
     if index0_ptr is not None:
         index_at = _offset(i0, i1, i2, i3, i4, a0, a1, a2, a3, a4, DIMS)
@@ -170,15 +172,16 @@ class Launchable(NamedTuple):
     itemsize: int  # which the addresses of what is written and read have to be multiples of
 
 
-def _in_units(walked: Walk, steps: Sequence[int], data: int) -> int:
-    """How many elements may be one: up to UNIT // itemsize, `data`, that are together in all that is written and read.
+def _together(walked: Walk, steps: Sequence[int], itemsize: int) -> int:
+    """How many elements may be copied as one: those of a unit, if they are together in all that is written and read.
 
-    The first strides of the walk are those of data (the order's, what is written, what is read), the others of indices.
+    The first strides of the walk are those of elements (the order's, what is written, what is read), the others those
+    of indices.
     """
     if not walked.sizes:
         return 1
-    together = UNIT // data
-    *elements, = walked.strides[:3]
+    together = UNIT // itemsize
+    elements = walked.strides[:3]
     if any(each[-1] != 1 for each in elements) or any(each[-1] != 0 for each in walked.strides[3:]):
         return 1
     others = [walked.sizes[-1], *steps, *(step for each in elements for step in each[:-1])]
@@ -187,18 +190,22 @@ def _in_units(walked: Walk, steps: Sequence[int], data: int) -> int:
     return together
 
 
-def move_builds(move: Move) -> list[Launchable] | None:
+def move_builds(move: Move) -> list[Launchable]:
     """What is compiled for a move: element by element, and then the way to copy several at a time, if there is one.
 
-    None if the tensors lie in more dimensions than the kernel goes through.
+    Raises Refused for 2**31 elements, and for tensors in more dimensions than the kernel goes through.
     """
+    if math.prod(move.shape) > _INT32_MAX - _BLOCK:
+        raise Refused(f"it is of {math.prod(move.shape)} elements")
     read = move.write if move.read is None else move.read
     walked = walk(move.shape, [move.order, move.write, read, *(each.strides for each in move.indices)])
     if len(walked.sizes) > MAX_DIMS:
-        return None
+        raise Refused(
+            f"its tensors lie in {len(walked.sizes)} dimensions that are no single walk, more than {MAX_DIMS}"
+        )
     ways = [_way(move, walked, 1)]
     if move.read is not None and not move.adds:
-        together = _in_units(walked, [each.step for each in move.indices], move.itemsize)
+        together = _together(walked, [each.step for each in move.indices], move.itemsize)
         if together > 1:
             ways.append(_way(move, walked, together))
     return ways
@@ -212,9 +219,7 @@ def _way(move: Move, walked: Walk, together: int) -> Launchable:
     sizes[-1] //= together
     for each in (write, read):
         each[:-1] = [step // together for step in each[:-1]]
-    numel = 1
-    for size in sizes:
-        numel *= size
+    numel = math.prod(sizes)
     wide = max(walked.reach, move.reach) > _INT32_MAX - _BLOCK
     whole = "i64" if wide else "i32"
     element = _POINTERS[move.itemsize * together]
@@ -226,7 +231,7 @@ def _way(move: Move, walked: Walk, together: int) -> Launchable:
     types += [whole if there else None for there in present] * 2
     tail = [move.indices[index].limit if there else 0 for index, there in enumerate(present)]
     tail += [move.indices[index].step // together if there else 0 for index, there in enumerate(present)]
-    types += [whole, *(whole if dim < dims else None for dim in range(1, MAX_DIMS))]
+    types += ["i32", *("i32" if dim < dims else None for dim in range(1, MAX_DIMS))]
     tail += [numel, *(sizes[dim] if dim < dims else 0 for dim in range(1, MAX_DIMS))]
     of_tensors = [write, None if move.read is None else read, *indices, *[None] * (MAX_INDICES - given)]
     for steps in of_tensors:
