@@ -24,6 +24,7 @@ from budgets import DEVICES
 from triton.backends.compiler import GPUTarget
 
 from vllm_gems.catalog import catalog
+from vllm_gems.kernels.indexing import MAX_DIMS, MAX_INDICES, Index, Move, move_builds
 from vllm_gems.kernels.mla_decode import GLUON, MLA_DECODE, Latents, hopper_build
 from vllm_gems.launch import Build, compile_for, triton_release
 from vllm_gems.nouns import Kernel
@@ -119,13 +120,42 @@ def hopper_jobs() -> list[Job]:
     ]  # fmt: skip
 
 
+OVERRIDES = ("indexing",)  # of PyTorch's operations, which are no kernels of the catalog
+
+
+def indexing_jobs() -> Iterator[Job]:
+    """Moves of one to five dimensions with no index to three, by offsets of 32 bits and of 64, in every direction."""
+    shape, dense, other = (3, 5, 7, 9, 11), (99999, 7700, 900, 60, 2), (1, 7, 90, 1000, 12345)
+    indices = [Index(dtype, other, 10, 2) for dtype in (torch.int64, torch.int32, torch.int64)]
+    moves = {"rows": Move((512, 4096), (4096, 1), (4096, 1), (0, 1), 2, 0, (Index(torch.int64, (1, 0), 9, 4096),))}
+    for dims in range(1, MAX_DIMS + 1):
+        sizes, steps, others = shape[:dims], dense[:dims], other[:dims]
+        for count in range(MAX_INDICES + 1) if dims in (2, MAX_DIMS) else (1,):
+            of = tuple(each._replace(strides=others) for each in indices[:count])
+            moves[f"{dims} dimensions, {count} indices"] = Move(sizes, steps, steps, others, 2, 0, of, wraps=count > 1)
+    steps, of = dense[:3], (indices[0]._replace(strides=other[:3]),)
+    for itemsize in (1, 2, 4, 8):
+        moves[f"scatter, {itemsize} bytes"] = Move(shape[:3], steps, steps, other[:3], itemsize, 0, of, scatters=True)
+        moves[f"number, {itemsize} bytes"] = Move(shape[:3], steps, steps, None, itemsize, 0, of, scatters=True)
+    for itemsize in (4, 8):
+        move = Move(shape[:3], steps, steps, other[:3], itemsize, 0, of, scatters=True, adds=True)
+        moves[f"sum, {itemsize} bytes"] = move
+    for label, move in moves.items():
+        for reach in (0, 2**31):
+            for way in move_builds(move._replace(reach=reach)):
+                label_of = f"{label}, {reach=}, {way.itemsize} bytes at a time"
+                yield Job(way.build, list(OVERRIDES), label_of, "as bytes", (), False)
+
+
 def jobs_for(target: str) -> list[Job]:
     """What is compiled for `target`."""
     jobs = every_job(catalog().kernels.values())
+    overrides = [*indexing_jobs()]
     if target != MODELS_ON:
-        return representatives(jobs, target)
+        return [*representatives(jobs, target), *overrides]
     of_models = [job for job in jobs if job.bench and job.build.aligned and job.dtype == job.dtypes[-1]]
-    return list({job.build: job for job in (*of_models, *representatives(jobs, target), *hopper_jobs())}.values())
+    every = (*of_models, *representatives(jobs, target), *hopper_jobs(), *overrides)
+    return list({job.build: job for job in every}.values())
 
 
 @triton.jit

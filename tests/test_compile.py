@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 import pytest
 from budgets import DEVICES, REGISTERS, excesses
-from gpu_targets import MODELS_ON, MUST_SPILL
+from gpu_targets import MODELS_ON, MUST_SPILL, OVERRIDES
 
 from vllm_gems.catalog import catalog
 
@@ -29,7 +29,7 @@ pytestmark = pytest.mark.compile
 
 HERE = Path(__file__).resolve().parent
 TIME_LIMIT = 900  # seconds for an architecture, four times what the longest takes on one core
-KERNELS = list(catalog().kernels)
+KERNELS = [*catalog().kernels, *OVERRIDES]
 
 
 class Run(NamedTuple):

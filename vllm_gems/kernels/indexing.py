@@ -220,7 +220,7 @@ def _way(move: Move, walked: Walk, together: int) -> Launchable:
     for each in (write, read):
         each[:-1] = [step // together for step in each[:-1]]
     numel = math.prod(sizes)
-    wide = max(walked.reach, move.reach) > _INT32_MAX - _BLOCK
+    wide = max(walked.reach, move.reach, *(each.limit for each in move.indices)) > _INT32_MAX - _BLOCK
     whole = "i64" if wide else "i32"
     element = _POINTERS[move.itemsize * together]
 
