@@ -15,6 +15,7 @@ from operator import itemgetter
 from typing import Any, NamedTuple
 
 import torch
+from torch._prims_common import compute_elementwise_output_strides
 
 from .kernels.indexing import MAX_INDICES, Index, Move, move_builds
 from .launch import launcher
@@ -47,6 +48,8 @@ class Indexing:
     # The arguments' types in the schema, of overloads that are done
     types: tuple[tuple[str, ...], ...]
     number: int | None = None  # the argument that is written if it is no tensor
+    # (arguments, shape) -> strides of a new result, where those of PyTorch's meta kernel are not its kernel's
+    strides: Callable[[Arguments, Sequence[int]], Sequence[int]] | None = None
 
     def reads(self, schema: Any) -> bool:
         """Whether an overload of this schema is done."""
@@ -59,6 +62,8 @@ class Indexing:
         if len(devices) != 1:
             decline("its tensors are on several devices")
         result = overload.on_meta(args)
+        if self.strides is not None and not overload.written:
+            result = result.new_empty_strided(result.shape, self.strides(args, result.shape))
         if result.dtype.itemsize not in _INTEGERS:
             decline(f"an element of {result.dtype} is {result.dtype.itemsize} bytes")
         device = devices.pop()
@@ -110,6 +115,8 @@ def _launch(part: Part, device: int) -> Callable[[int, int, Arguments], None]:
 
 def _bits(value: Any, dtype: torch.dtype) -> int:
     """A number as PyTorch makes it an element, read as an integer."""
+    if dtype.is_floating_point and torch.finfo(dtype).max < abs(value) < math.inf:
+        decline(f"{value} is no {dtype}")
     try:
         return int(torch.full((), value, dtype=dtype).view(_INTEGERS[dtype.itemsize]).item())
     except (RuntimeError, TypeError) as error:
@@ -127,6 +134,11 @@ def _tensors(args: Arguments) -> Iterator[torch.Tensor]:
 def _item(argument: int, index: int) -> Getter:
     """Of a list."""
     return lambda args: args[argument][index]
+
+
+def _look(shape: Sequence[int], strides: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    """Without memory."""
+    return torch.empty_strided(shape, strides, dtype=dtype, device="meta")
 
 
 # Shapes and strides, in which a tensor without dimensions has one
@@ -206,26 +218,62 @@ def _embedding(overload: Overload, args: Arguments, out: torch.Tensor) -> Iterat
     yield _picked(out, weight, (*_zeros(index.dim()), weight.stride(1)), [found], [itemgetter(1)])
 
 
-def _indexed(overload: Overload, args: Arguments, out: torch.Tensor) -> Iterator[Part]:
-    source, given = args[:2]
-    dims = [dim for dim, each in enumerate(given) if each is not None]
+class _Picks(NamedTuple):
+    """What index.Tensor picks: which dimensions, by indices that are broadcast to one shape."""
+
+    dims: list[int]
+    shape: torch.Size
+
+    @property
+    def first(self) -> int:
+        return self.dims[0]
+
+    def of_source(self, source: torch.Tensor) -> tuple[int, ...]:
+        """Its strides in the shape of the result."""
+        steps = source.stride()
+        return (*steps[: self.first], *_zeros(len(self.shape)), *steps[self.first + len(self.dims) :])
+
+    def of_index(self, index: torch.Tensor, source: torch.Tensor) -> tuple[int, ...]:
+        behind = source.dim() - self.first - len(self.dims)
+        return (*_zeros(self.first), *index.expand(self.shape).stride(), *_zeros(behind))
+
+
+def _picks(given: Sequence[torch.Tensor | None]) -> _Picks:
+    """Raises Refused for no index, and for those of dimensions with others between them."""
+    found = {dim: each for dim, each in enumerate(given) if each is not None}
+    dims = list(found)
     if not dims:
         decline("it has no tensor of indices")
-    first, count = dims[0], len(dims)
-    if dims[-1] - first >= count:
+    if dims[-1] - dims[0] >= len(dims):
         decline("its indices are of dimensions that are not beside each other")
-    if count > MAX_INDICES:
-        decline(f"it has {count} tensors of indices, more than {MAX_INDICES}")
-    shape = torch.broadcast_shapes(*(given[dim].shape for dim in dims))
-    behind = source.dim() - first - count
+    return _Picks(dims, torch.broadcast_shapes(*(each.shape for each in found.values())))
+
+
+def _indexed(overload: Overload, args: Arguments, out: torch.Tensor) -> Iterator[Part]:
+    source, given = args[:2]
+    picks = _picks(given)
+    if len(picks.dims) > MAX_INDICES:
+        decline(f"it has {len(picks.dims)} tensors of indices, more than {MAX_INDICES}")
+    indices = [_index(given[dim], picks.of_index(given[dim], source), source, dim) for dim in picks.dims]
+    getters = [_item(1, dim) for dim in picks.dims]
+    yield _picked(out, source, picks.of_source(source), indices, getters, wraps=True)
+
+
+def _indexed_strides(args: Arguments, shape: Sequence[int]) -> Sequence[int]:
+    """Those that an operation on elements would give its result, of what is picked from and the indices."""
+    source, given = args[:2]
+    picks = _picks(given)
+    behind = source.dim() - picks.first - len(picks.dims)
+    broadcast = (*(1,) * picks.first, *picks.shape, *(1,) * behind)
+    # In int64, which PyTorch makes them once they are broadcast; on GPUs it lays several out alike.
     indices = [
-        _index(given[dim], (*_zeros(first), *given[dim].expand(shape).stride(), *_zeros(behind)), source, dim)
-        for dim in dims
+        _look(given[dim].shape, given[dim].stride(), given[dim].dtype).expand(picks.shape).long().reshape(broadcast)
+        for dim in picks.dims
     ]
-    steps = source.stride()
-    read = (*steps[:first], *_zeros(len(shape)), *steps[first + count :])
-    getters = [_item(1, dim) for dim in dims]
-    yield _picked(out, source, read, indices, getters, wraps=True)
+    if source.is_cuda and len({each.stride() for each in indices}) > 1:
+        indices = [each.contiguous() for each in indices]
+    picked = _look(shape, picks.of_source(source), source.dtype)
+    return compute_elementwise_output_strides(picked, *(each.expand(shape) for each in indices))
 
 
 def _scatter(overload: Overload, args: Arguments, out: torch.Tensor, adds: bool = False) -> Iterator[Part]:
@@ -278,7 +326,7 @@ INDEXING = (
     Indexing("embedding", _embedding, (("Tensor", "Tensor", "int", "bool", "bool"),)),
     Indexing("index_select", _index_select, (_ALONG,)),
     Indexing("gather", _gather, ((*_ALONG, "bool"),)),
-    Indexing("index", _indexed, (("Tensor", "List[Optional[Tensor]]"),)),
+    Indexing("index", _indexed, (("Tensor", "List[Optional[Tensor]]"),), strides=_indexed_strides),
     Indexing("scatter", _scatter, ((*_ALONG, "Tensor"), (*_ALONG, "number")), number=3),
     Indexing("scatter_add", _scatter_add, ((*_ALONG, "Tensor"),)),
     Indexing("cat", _cat, (("List[Tensor]", "int"),)),
