@@ -57,8 +57,9 @@ ALLOWED = {
     "sites": {".errors"},
     "cublaslt": {".errors", ".launch"},
     "replay": {".launch", ".scratch"},
+    "indexing": {".kernels", ".launch", ".overloads"},
     "patches": {
-        ".cublaslt", ".errors", ".kernels", ".launch", ".nouns", ".probes", ".replay", ".seams", ".sites",
+        ".cublaslt", ".indexing", ".errors", ".kernels", ".launch", ".nouns", ".probes", ".replay", ".seams", ".sites",
     },
     "binders": {".probes", ".nouns", ".sites", ".worlds"},
     "ops": {".nouns"},
