@@ -69,6 +69,9 @@ REGISTERS: dict[str, Registers] = {
     "_norm_kernel": Registers(96, 96),
     # Up to 8 elements a thread, which is one access of 16 bytes: 32 warps, 8 waves.
     "_activation_kernel": Registers(64, 64),
+    # Eight elements a thread: places in five tensors of five dimensions, three of them of indices, in 64 bits where
+    # they reach that far. In 32 bits it takes half.
+    "_indexed_copy_kernel": Registers(168, 96),
     # A group's query heads and their accumulator, and the addresses of two tiles: 12 warps, which are the three
     # programs whose tiles are in shared memory. AMD: 256, as its tiles are on their way in registers too.
     "_decode_attention_kernel": Registers(168, 256),

@@ -11,7 +11,6 @@ from __future__ import annotations
 import collections
 import inspect
 import json
-import math
 import re
 import subprocess
 import sys
@@ -22,18 +21,13 @@ import torch
 import triton
 import triton.language as tl
 from budgets import DEVICES
+from override_builds import FAMILIES
 from triton.backends.compiler import GPUTarget
 
 from vllm_gems.catalog import catalog
-from vllm_gems.elementwise import Elementwise
-from vllm_gems.kernels import along
 from vllm_gems.kernels.mla_decode import GLUON, MLA_DECODE, Latents, hopper_build
-from vllm_gems.kernels.pointwise import Pointwise, pointwise_build, walk
-from vllm_gems.kernels.reduce import Reduction, reduce_build
 from vllm_gems.launch import Build, compile_for, triton_release
 from vllm_gems.nouns import Kernel
-from vllm_gems.overloads import overloads_of
-from vllm_gems.patches import aten
 
 MODELS_ON = "sm_90"  # where kernels are tuned and timed
 MUST_SPILL = "a kernel that must spill"
@@ -126,96 +120,24 @@ def hopper_jobs() -> list[Job]:
     ]  # fmt: skip
 
 
-OVERRIDES = ("elementwise", "reductions", "along")  # of PyTorch's operations, which are no kernels of the catalog
-
-
-def elementwise_jobs(target: str) -> Iterator[Job]:
-    """Every formula on tensors that are one walk through memory, in float32 and int32; and every kind of walk."""
-    rows = [row for row in aten.ROWS if isinstance(row, Elementwise)]
-    if target != MODELS_ON:
-        rows = [row for row in rows if row.op in ("add", "gelu", "remainder", "where", "floor_divide")]
-    dtypes = {"f": torch.float32, "i": torch.int32}
-    for row in rows:
-        schema = next(each._schema for each in overloads_of(row.op) if row.reads(each._schema))
-        for family, dtype in dtypes.items():
-            if family in row.families:
-                for call in _calls(row, schema, dtype):
-                    count = 1 + sum(each is not None for each in call.tensors)
-                    build, _ = pointwise_build(call, walk((4096,), [(1,)] * count), True)
-                    yield Job(build, list(OVERRIDES), f"{row.op} {call.constant}", str(dtype), (str(dtype),), False)
-    add = next(row for row in rows if row.op == "add")
-    schema = next(each._schema for each in overloads_of("add") if add.reads(each._schema))
-    (call,) = _calls(add, schema, torch.bfloat16)
-    for dims in range(1, 6):
-        shape = (6, 5, 7, 3, 9)[:dims]
-        gapped = [math.prod(size + 1 for size in shape[dim + 1 :]) * 2 for dim in range(dims)]
-        for factor in (1, 2**31):
-            walked = walk(shape, [[factor * step for step in gapped], gapped[::-1], gapped])
-            for aligned in (True, False):
-                build, _ = pointwise_build(call, walked, aligned)
-                yield Job(build, list(OVERRIDES), f"add, {dims} dimensions, {factor=}", "bfloat16", (), False)
-
-
-def _calls(row: Elementwise, schema: Any, dtype: torch.dtype) -> Iterator[Pointwise]:
-    """What a row computes in `dtype`, one call for each word that an argument may be."""
-    kinds = [str(each.type) for each in schema.arguments if not each.is_out]
-    names = [each.name for each in schema.arguments if not each.is_out]
-    words = {"approximate": ("none", "tanh"), "rounding_mode": ("trunc", "floor")}
-    (options,) = [words[name] for name in names if name in words] or [(None,)]
-    compute = torch.float32 if dtype.is_floating_point else dtype
-    kind = row.kind if isinstance(row.kind, str) else "default"
-    for option in options:
-        yield Pointwise(
-            formula=row.formula,
-            tensors=tuple(
-                (torch.bool if name in row.as_is else dtype) if "Tensor" in kind else None
-                for name, kind in zip(names, kinds, strict=True)
-            ),
-            scalars=tuple("number" in kind or "float" in kind for kind in kinds),
-            constant=option if names[-1] in words else False if kinds[-1] == "bool" else None,
-            compute=compute,
-            out=torch.bool if kind == "bool" else dtype,
-            as_is=tuple(index for index, name in enumerate(names) if name in row.as_is),
-        )
-
-
-def reduction_jobs(target: str) -> Iterator[Job]:
-    """Everything that is reduced or done along a dimension: of rows, and of columns, which are walked through apart.
-
-    Columns take more registers; they are enough where nothing is tuned.
-    """
-    layouts = {"rows": ((512,), (4096,), (4096, 1)), "columns": ((4096,), (512,), (1, 4096))}
-    if target != MODELS_ON:
-        del layouts["rows"]
-    for label, (kept, gone, (kept_step, step)) in layouts.items():
-        kept_walk = walk(kept, [[kept_step], [1]])
-        for what in ("sum", "mean", "prod", "max", "min", "any", "all", "count", "var", "std", "argmax", "argmin"):
-            for x, compute in ((torch.bfloat16, torch.float32), (torch.int64, torch.int64)):
-                if compute is torch.int64 and (what in ("mean", "var", "std") or target != MODELS_ON):
-                    continue
-                out = torch.bool if what in ("any", "all") else torch.int64 if what == "count" else x
-                call = Reduction(what, x, compute, out, x if what == "var" else None)
-                build, _, _ = reduce_build(call, kept_walk, walk(gone, [[step]]), True)
-                yield Job(build, ["reductions"], f"{what} of {label}", str(x), (), False)
-        for what in along.FUNCTIONS:
-            count = 3 if "gradient" in what else 2
-            rows = along.Rows(walk(kept, [[kept_step]] * count), gone[0], (step,) * count)
-            build, _, _ = along.along_build(what, (torch.bfloat16,) * count, torch.float32, rows, True)
-            yield Job(build, ["along"], f"{what} of {label}", "bfloat16", (), False)
-    for groups in (0, 32):
-        x = torch.bfloat16
-        norm = along.Norm(x, x, x, torch.float32, torch.float32, 4096, groups, 64, 64)
-        yield Job(along.norm_build(norm, True), ["along"], f"norm, {groups=}", "bfloat16", (), False)
+def override_jobs(target: str) -> list[Job]:
+    """What stands in for PyTorch's operations."""
+    return [
+        Job(each.build, [family], each.label, each.dtype, (), False)
+        for family, builds in FAMILIES.items()
+        for each in builds(target == MODELS_ON)
+    ]
 
 
 def jobs_for(target: str) -> list[Job]:
     """What is compiled for `target`."""
     jobs = every_job(catalog().kernels.values())
-    overrides = [*elementwise_jobs(target), *reduction_jobs(target)]
+    overrides = override_jobs(target)
     if target != MODELS_ON:
         return [*representatives(jobs, target), *overrides]
     of_models = [job for job in jobs if job.bench and job.build.aligned and job.dtype == job.dtypes[-1]]
-    return list({job.build: job for job in (*of_models, *representatives(jobs, target), *hopper_jobs(), *overrides)}.values())
+    every = (*of_models, *representatives(jobs, target), *hopper_jobs(), *overrides)
+    return list({job.build: job for job in every}.values())
 
 
 @triton.jit

@@ -16,6 +16,7 @@ import torch
 from ..along import Along, Normalise
 from ..elementwise import Elementwise
 from ..errors import Refused
+from ..indexing import INDEXING
 from ..kernels import formulas
 from ..nouns import Patch, Place, Seam
 from ..overloads import Overload, Row, is_replaceable, name_of, overloads_of
@@ -125,6 +126,7 @@ ROWS: tuple[Row, ...] = (
     # Memory
     *_rows(("copy",), only="src", converts=True, in_place=True),
     *_rows(("fill", "zero"), only="self"),
+    *INDEXING,
 )
 
 
