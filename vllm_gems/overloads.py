@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn, Protocol
 
 import torch
@@ -173,10 +173,15 @@ class Overload:
                 decline("elements of the tensor to write to share memory")
         return result
 
-    def allocation(self, result: torch.Tensor, device: int, which: int = 0) -> Callable[[tuple[Any, ...]], Any]:
-        """arguments -> the tensor to write result number `which` to: new, or given and apart from what is read."""
+    def allocation(
+        self, result: torch.Tensor, device: int, which: int = 0, apart: Sequence[int] = ()
+    ) -> Callable[[tuple[Any, ...]], Any]:
+        """arguments -> the tensor to write result number `which` to: new, or given and apart from what is read.
+
+        What is read may be what is written, element by element, but for the arguments with an index in `apart`.
+        """
         if self.written:
-            return self._given(self.written[which])
+            return self._given(self.written[which], apart)
         shape, strides, dtype = tuple(result.shape), tuple(result.stride()), result.dtype
         if result.dim() == 2 and result.is_contiguous():
             flat = allocator(device, dtype)
@@ -186,7 +191,7 @@ class Overload:
         empty = torch.empty_strided
         return lambda args: empty(shape, strides, dtype=dtype, device=where)
 
-    def _given(self, index: int) -> Callable[[tuple[Any, ...]], Any]:
+    def _given(self, index: int, apart: Sequence[int]) -> Callable[[tuple[Any, ...]], Any]:
         others = [other for other in range(self.count) if other != index]
 
         def given(args: tuple[Any, ...]) -> Any:
@@ -195,14 +200,19 @@ class Overload:
             end = start + _extent(out)
             for other in others:
                 read = args[other]
-                if isinstance(read, torch.Tensor) and read is not out:
+                if isinstance(read, torch.Tensor) and (read is not out or other in apart):
                     first = read.data_ptr()
-                    apart = first >= end or first + _extent(read) <= start
-                    if not apart and (first != start or read.stride() != out.stride() or read.dtype != out.dtype):
+                    if first >= end or first + _extent(read) <= start:
+                        continue
+                    if other in apart or first != start or _looks(read) != _looks(out):
                         decline("what is written shares memory with what is read")
             return out
 
         return given
+
+
+def _looks(tensor: torch.Tensor) -> tuple[Any, ...]:
+    return tensor.shape, tensor.stride(), tensor.dtype
 
 
 def _extent(tensor: torch.Tensor) -> int:

@@ -19,6 +19,7 @@ from ..kernels import formulas
 from ..nouns import Patch, Place, Seam
 from ..overloads import Overload, Row, is_replaceable, name_of, overloads_of
 from ..probes import normalise_schema
+from ..products import Product
 from ..reports import speedups
 from ..sites import Site
 
@@ -102,6 +103,13 @@ ROWS: tuple[Row, ...] = (
     # Memory
     *_rows(("copy",), only="src", as_is=()),
     *_rows(("fill", "zero"), only="self"),
+    # Products of matrices
+    Product("mm", "self", "mat2"),
+    Product("bmm", "self", "mat2"),
+    Product("mv", "self", "vec"),
+    Product("addmm", "mat1", "mat2", input="self"),
+    Product("baddbmm", "batch1", "batch2", input="self"),
+    Product("addmv", "mat", "vec", input="self"),
 )
 
 
