@@ -24,6 +24,7 @@ from budgets import DEVICES
 from triton.backends.compiler import GPUTarget
 
 from vllm_gems.catalog import catalog
+from vllm_gems.kernels.matmul import Matrices, matmul_build
 from vllm_gems.kernels.mla_decode import GLUON, MLA_DECODE, Latents, hopper_build
 from vllm_gems.launch import Build, compile_for, triton_release
 from vllm_gems.nouns import Kernel
@@ -119,13 +120,49 @@ def hopper_jobs() -> list[Job]:
     ]  # fmt: skip
 
 
+# Of PyTorch's operations, which are no kernels of the catalog, and compiled for `MODELS_ON` alone: its shared memory is
+# what tiles are made for, and where they do not fit PyTorch's kernel runs.
+OVERRIDES_THERE = ("matmul",)
+
+
+def matmul_jobs() -> Iterator[Job]:
+    """Every tile, of weights as they lie and transposed, with sizes that fill it and that do not; gaps, and batches."""
+    sizes = {
+        "prefill": (8192, 8192, 4096), "ragged": (8190, 8176, 4080), "square": (2048, 2048, 2048),
+        "64 rows": (64, 16384, 4096), "a batch": (64, 4096, 4096), "16 rows": (16, 4096, 4096),
+        "logits": (16, 151936, 2048), "a row": (1, 4096, 4000), "a column": (4096, 1, 4096), "tall": (100000, 16, 512),
+        "tiny": (5, 7, 3),
+    }  # fmt: skip
+    for dtype in (torch.float32, torch.bfloat16):
+        for label, (rows, cols, inner) in sizes.items():
+            for transposed in (True, False) if dtype is torch.bfloat16 else (True,):
+                weight = (0, 1, inner) if transposed else (0, cols, 1)
+                out = (0, cols, 1)
+                call = Matrices(1, rows, cols, inner, (0, inner, 1), weight, (0, 0, 1), out, dtype, dtype)
+                yield _matmul_job(call, True, f"{label}, {transposed=}")
+        gaps = Matrices(
+            3, 8190, 8190, 4090, (99999937, 2 * 4090, 2), (99999937, 2, 2 * 4090), (0, 1, 8190), (99999937, 8190, 1),
+            dtype, dtype,
+        )  # fmt: skip
+        whole = Matrices(32, 512, 128, 512, (2**18, 512, 1), (2**16, 128, 1), (0, 0, 1), (2**16, 128, 1), dtype, dtype)
+        yield _matmul_job(gaps, True, "gaps in a batch")
+        yield _matmul_job(gaps._replace(a=(0, 4090, 1), b=(0, 1, 4090)), False, "misaligned")
+        yield _matmul_job(whole, True, "a batch of products")
+
+
+def _matmul_job(call: Matrices, aligned: bool, label: str) -> Job:
+    build, _, _ = matmul_build(call, True, aligned)
+    return Job(build, ["matmul"], label, str(call.dtype), (), False)
+
+
 def jobs_for(target: str) -> list[Job]:
     """What is compiled for `target`."""
     jobs = every_job(catalog().kernels.values())
     if target != MODELS_ON:
         return representatives(jobs, target)
     of_models = [job for job in jobs if job.bench and job.build.aligned and job.dtype == job.dtypes[-1]]
-    return list({job.build: job for job in (*of_models, *representatives(jobs, target), *hopper_jobs())}.values())
+    every = (*of_models, *representatives(jobs, target), *hopper_jobs(), *matmul_jobs())
+    return list({job.build: job for job in every}.values())
 
 
 @triton.jit

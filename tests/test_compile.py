@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 import pytest
 from budgets import DEVICES, REGISTERS, excesses
-from gpu_targets import MODELS_ON, MUST_SPILL
+from gpu_targets import MODELS_ON, MUST_SPILL, OVERRIDES_THERE
 
 from vllm_gems.catalog import catalog
 
@@ -118,8 +118,11 @@ def problem(target: str, line: dict[str, Any]) -> str:
     return f"{'/'.join(line['kernels'])}, {line['label']}: {'; '.join(over)}" if over else ""
 
 
-@pytest.mark.parametrize("target", DEVICES, scope="session")
-@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize(
+    ("kernel", "target"),
+    [*((kernel, target) for target in DEVICES for kernel in KERNELS), *((each, MODELS_ON) for each in OVERRIDES_THERE)],
+    scope="session",
+)
 def test_every_build_is_within_the_budget(target: str, kernel: str, run: Run) -> None:
     lines = run.of(kernel)
     problems = [text for line in lines if (text := problem(target, line))]

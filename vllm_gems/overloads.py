@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any, NoReturn, Protocol
 
 import torch
@@ -122,7 +122,7 @@ class Overload:
             if isinstance(arg, torch.Tensor):
                 key += (arg.dtype, arg.shape, arg.stride(), arg.get_device())
             elif by_value:
-                key.append(tuple(arg) if isinstance(arg, list) else arg)
+                key.append(tuple(map(_look, arg)) if isinstance(arg, (list, tuple)) else arg)
             else:
                 key.append(type(arg))
         return tuple(key)
@@ -174,11 +174,11 @@ class Overload:
         return result
 
     def allocation(
-        self, result: torch.Tensor, device: int, which: int = 0, apart: Sequence[int] = ()
+        self, result: torch.Tensor, device: int, which: int = 0, apart: bool = False
     ) -> Callable[[tuple[Any, ...]], Any]:
         """arguments -> the tensor to write result number `which` to: new, or given and apart from what is read.
 
-        What is read may be what is written, element by element, but for the arguments with an index in `apart`.
+        apart: it may not even be, element for element, one that is read.
         """
         if self.written:
             return self._given(self.written[which], apart)
@@ -191,7 +191,7 @@ class Overload:
         empty = torch.empty_strided
         return lambda args: empty(shape, strides, dtype=dtype, device=where)
 
-    def _given(self, index: int, apart: Sequence[int]) -> Callable[[tuple[Any, ...]], Any]:
+    def _given(self, index: int, apart: bool) -> Callable[[tuple[Any, ...]], Any]:
         others = [other for other in range(self.count) if other != index]
 
         def given(args: tuple[Any, ...]) -> Any:
@@ -200,19 +200,24 @@ class Overload:
             end = start + _extent(out)
             for other in others:
                 read = args[other]
-                if isinstance(read, torch.Tensor) and (read is not out or other in apart):
-                    first = read.data_ptr()
-                    if first >= end or first + _extent(read) <= start:
+                for each in read if isinstance(read, (list, tuple)) else (read,):
+                    if not isinstance(each, torch.Tensor) or (each is out and not apart):
                         continue
-                    if other in apart or first != start or _looks(read) != _looks(out):
+                    first = each.data_ptr()
+                    if first >= end or first + _extent(each) <= start:
+                        continue
+                    if apart or first != start or each.stride() != out.stride() or each.dtype != out.dtype:
                         decline("what is written shares memory with what is read")
             return out
 
         return given
 
 
-def _looks(tensor: torch.Tensor) -> tuple[Any, ...]:
-    return tensor.shape, tensor.stride(), tensor.dtype
+def _look(value: Any) -> Any:
+    """What a plan depends on of something in a list."""
+    if isinstance(value, torch.Tensor):
+        return value.dtype, value.shape, value.stride(), value.get_device()
+    return value
 
 
 def _extent(tensor: torch.Tensor) -> int:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from triton.runtime.errors import OutOfResources
 
 from .kernels.matmul import DTYPES, INT32_MAX, Matrices, matmul_build
 from .launch import launcher
@@ -62,8 +63,9 @@ class Product:
             dtype=a.dtype,
             out_dtype=result.dtype,
         )
-        # What is added may be what is written: each element is read before, and by the program that writes it.
-        return _plan(call, places, factors, overload.allocation(result, device, apart=places[:2]), device)
+        if call.reach > INT32_MAX:
+            decline("its elements lie more than 2**31 apart")
+        return _plan(call, places, factors, overload.allocation(result, device, apart=True), device)
 
 
 def _strides(strides: Sequence[int]) -> tuple[int, int, int]:
@@ -79,21 +81,23 @@ def _plan(
     launches: dict[tuple[bool, bool], Any] = {}
 
     def compiled(with_input: bool, aligned: bool) -> Any:
-        if call.reach > INT32_MAX:
-            decline("its elements lie more than 2**31 apart")
         build, grid, tail = matmul_build(call, with_input, aligned)
         if grid > INT32_MAX:
             decline(f"it takes {grid} programs")
-        found = launches[with_input, aligned] = launcher(build, device), grid, tail
+        try:
+            launch = launcher(build, device)
+        except OutOfResources as error:
+            decline(f"its tiles are too large for this GPU: {error}")
+        found = launches[with_input, aligned] = launch, grid, tail
         return found
 
     if not empty:
         compiled(call.input is not None, True)
     first, second, *third = places
-    rounds = call.dtype is torch.float32
+    in_float32 = call.dtype is torch.float32
 
     def run(args: tuple[Any, ...]) -> Any:
-        if rounds and torch._C._get_fp32_precision_getter("cuda", "matmul") not in ("ieee", "none"):
+        if in_float32 and torch._C._get_fp32_precision_getter("cuda", "matmul") not in ("ieee", "none"):
             decline("PyTorch is allowed to multiply float32 in TF32")
         alpha, beta = 1.0, 0.0
         if factors:
@@ -105,8 +109,7 @@ def _plan(
         with_input = beta != 0.0
         input_at = args[third[0]].data_ptr() if with_input else 0
         aligned = not (a_at | b_at | out_at | input_at) & 15
-        found = launches.get((with_input, aligned)) or compiled(with_input, aligned)
-        launch, grid, tail = found
+        launch, grid, tail = launches.get((with_input, aligned)) or compiled(with_input, aligned)
         # Of no products the sum is 0, whatever it is multiplied by.
         launch(grid, a_at, b_at, input_at, out_at, alpha if call.inner else 0.0, beta, *tail)
         return out

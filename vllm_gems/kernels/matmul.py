@@ -216,7 +216,8 @@ def matmul_build(call: Matrices, with_input: bool, aligned: bool) -> tuple[Build
     wide = strides(call.b, call.inner, call.cols) and wide
     strides(call.input if with_input else None, call.rows, call.cols)
     strides(call.out, call.rows, call.cols)
-    tiling = tiling_for(call.batch, call.rows, call.cols, call.inner, call.dtype.itemsize, wide and aligned)
+    wide = wide and aligned
+    tiling = tiling_for(call.batch, call.rows, call.cols, call.inner, call.dtype.itemsize, wide)
     build = Build(
         function=_matmul_kernel,
         types=(dtype, dtype, out_dtype if with_input else None, out_dtype, "fp32", "fp32", *types),
@@ -232,6 +233,8 @@ def matmul_build(call: Matrices, with_input: bool, aligned: bool) -> tuple[Build
         aligned=aligned,
         num_warps=tiling.num_warps,
         num_stages=tiling.num_stages,
+        # Left to itself the assembler spills tiles that are in registers, to fit more programs.
+        maxnreg=None if wide and call.dtype.itemsize == 2 else 255,
     )
     grid = call.batch * -(-call.rows // tiling.rows) * -(-call.cols // tiling.cols)
     return build, grid, tuple(tail)
