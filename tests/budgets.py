@@ -48,6 +48,8 @@ REGISTERS: dict[str, Registers] = {
     "_rotary_embedding_kernel": Registers(112, 96),
     # A tile of sums and one operand on its way from shared memory, which is what limits how many programs an SM has.
     "_linear_kernel": Registers(168, 256),
+    # Up to 128 sums a thread of eight warps, the only program of an SM: nobody else needs its registers.
+    "_matmul_kernel": Registers(255, 512),
     # As of a linear layer, with the pairs of an expert beside them.
     "_moe_experts_kernel": Registers(168, 256),
     # Eight ids a thread and their ranks: few programs.

@@ -43,6 +43,13 @@ def absolute(kernel: str, inputs: dict[str, Any], dtype: torch.dtype) -> float |
             # (https://arxiv.org/abs/2203.03341): one unit of a partial sum each, which grows with the square root.
             units = max(units, inputs["x"].shape[1] ** 0.5 / 16)
         return max(TOLERANCES[dtype][1], units * most * (most if "gated" in kernel else 1.0) * _ULP[torch.float32])
+    if kernel == "matmul" and inputs["a"].numel():
+        # As of linear, with what is added to the sum, in float32 too.
+        most = abs(inputs["alpha"]) * float((inputs["a"].double().abs() @ inputs["b"].double().abs()).max())
+        if inputs["beta"]:
+            most += abs(inputs["beta"]) * float(inputs["input"].double().abs().max())
+        units = 2.0 if inputs["a"].dtype is torch.float32 else max(2.0, inputs["a"].shape[-1] ** 0.5 / 16)
+        return max(TOLERANCES[dtype][1], units * most * _ULP[torch.float32])
     if kernel == "moe_experts" and inputs["x"].numel():
         # The activation is rounded to the dtype, off by some units of float32 before, and then summed with both signs.
         sizes = torch.zeros_like(inputs["x"], dtype=torch.float64)

@@ -21,6 +21,7 @@ from ..kernels import formulas
 from ..nouns import Patch, Place, Seam
 from ..overloads import Overload, Row, is_replaceable, name_of, overloads_of
 from ..probes import normalise_schema
+from ..products import Product
 from ..reductions import Reduce
 from ..sites import Site
 from ..tuned import speedups
@@ -127,6 +128,13 @@ ROWS: tuple[Row, ...] = (
     *_rows(("copy",), only="src", converts=True, in_place=True),
     *_rows(("fill", "zero"), only="self"),
     *INDEXING,
+    # Products of matrices
+    Product("mm", "self", "mat2"),
+    Product("bmm", "self", "mat2"),
+    Product("mv", "self", "vec"),
+    Product("addmm", "mat1", "mat2", input="self"),
+    Product("baddbmm", "batch1", "batch2", input="self"),
+    Product("addmv", "mat", "vec", input="self"),
 )
 
 
