@@ -13,7 +13,7 @@ HALVES = (torch.float16, torch.bfloat16)
 DTYPES = (
     torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.int32, torch.uint8, torch.bool,
 )  # fmt: skip
-# The commonest dtypes get all layouts; of the others two are enough, since what lies where does not depend on the dtype.
+# These get all layouts; of the others two are enough, since what lies where does not depend on the dtype.
 THOROUGH = (torch.float32, torch.int64)
 
 

@@ -58,8 +58,8 @@ REGISTERS: dict[str, Registers] = {
     "_moe_sum_kernel": Registers(128, 128),
     # Up to 16 sums a thread, beside operands on their way from shared memory: 16 warps, four programs; 4 waves.
     "_head_linear_kernel": Registers(128, 128),
-    # Eight elements a thread, with addresses of 64 bits each of three tensors of five dimensions: 12 warps. The formulas
-    # on what is one walk through memory take 64.
+    # Eight elements a thread, with addresses of 64 bits each of three tensors of five dimensions: 12 warps. Formulas on
+    # what is one walk through memory take 65 at most.
     "_pointwise_kernel": Registers(168, 168),
     # Eight elements a thread, the place of each and the best so far, with 64-bit addresses: 16 warps.
     "_reduce_kernel": Registers(128, 128),

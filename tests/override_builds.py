@@ -145,11 +145,15 @@ def products(everything: bool) -> Iterator[Override]:
     }  # fmt: skip
     for dtype in (torch.float32, torch.bfloat16):
         for label, (rows, cols, inner) in sizes.items():
+            if not everything and label not in ("16 rows", "a row", "tiny"):
+                continue
             for transposed in (True, False) if dtype is torch.bfloat16 else (True,):
                 weight = (0, 1, inner) if transposed else (0, cols, 1)
                 out = (0, cols, 1)
                 call = Matrices(1, rows, cols, inner, (0, inner, 1), weight, (0, 0, 1), out, dtype, dtype)
                 yield _product(call, True, f"{label}, {transposed=}")
+        if not everything:
+            continue
         gaps = Matrices(
             3, 8190, 8190, 4090, (99999937, 2 * 4090, 2), (99999937, 2, 2 * 4090), (0, 1, 8190), (99999937, 8190, 1),
             dtype, dtype,

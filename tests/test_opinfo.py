@@ -1,4 +1,4 @@
-"""PyTorch's own samples for its operations (OpInfo), with our kernels in the place of PyTorch's: values and gradients."""
+"""PyTorch's own samples for its operations (OpInfo), with our kernels in PyTorch's place: values and gradients."""
 
 from __future__ import annotations
 

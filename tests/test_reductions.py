@@ -1,4 +1,4 @@
-"""Overrides of PyTorch's reductions, and of what is done along a dimension: any dimensions of tensors that lie anyhow."""
+"""Overrides of PyTorch's reductions, and of what is done along a dimension, of tensors that lie anyhow."""
 
 from __future__ import annotations
 
@@ -89,11 +89,11 @@ def test_any_dimensions(name: str, dtype: torch.dtype) -> None:
 
 
 def compare(got: Any, expected: Any, label: str) -> None:
-    """Sums of thousands of numbers in another order, of both signs: a few units of their size, not of their result's."""
+    """Sums of thousands of numbers in another order, of both signs: some units of their size, not of the result's."""
     if isinstance(expected, torch.Tensor) and expected.dtype is torch.float32 and isinstance(got, torch.Tensor):
         assert got.shape == expected.shape, label
         assert got.stride() == expected.stride() or not got.numel(), label
-        torch.testing.assert_close(got, expected, rtol=2e-5, atol=2e-4, equal_nan=True, msg=lambda text: f"{label}: {text}")
+        torch.testing.assert_close(got, expected, rtol=2e-5, atol=2e-4, equal_nan=True, msg=label)
     elif isinstance(expected, list) and isinstance(got, list):
         for mine, other in zip(got, expected, strict=True):
             compare(mine, other, label)
@@ -102,9 +102,9 @@ def compare(got: Any, expected: Any, label: str) -> None:
 
 
 ALONG: dict[str, Callable[[torch.Tensor, int], torch.Tensor]] = {
-    "_softmax": lambda x, dim: torch.softmax(x, dim),
-    "_log_softmax": lambda x, dim: torch.log_softmax(x, dim),
-    "cumsum": lambda x, dim: torch.cumsum(x, dim),
+    "_softmax": torch.softmax,
+    "_log_softmax": torch.log_softmax,
+    "cumsum": torch.cumsum,
     "cumprod": lambda x, dim: torch.cumprod(x * 0.5 if x.dtype.is_floating_point else x, dim),
 }
 

@@ -58,11 +58,13 @@ ALLOWED = {
     "cublaslt": {".errors", ".launch"},
     "replay": {".launch", ".scratch"},
     "overloads": {".errors", ".launch"},
-    **dict.fromkeys(("elementwise", "reductions", "along", "indexing", "products"), {".kernels", ".launch", ".overloads"}),
+    **{
+        row: {".kernels", ".launch", ".overloads"}
+        for row in ("elementwise", "reductions", "along", "indexing", "products")
+    },
     "patches": {
         ".along", ".cublaslt", ".elementwise", ".errors", ".indexing", ".kernels", ".launch", ".nouns", ".overloads",
         ".probes", ".products", ".reductions", ".replay", ".seams", ".sites", ".tuned",
-    },
     },
     "binders": {".probes", ".nouns", ".sites", ".worlds"},
     "ops": {".nouns"},

@@ -53,7 +53,7 @@ class Along:
             compute = torch.int64
         rows = rows_along(result.shape, dim, [each.stride() for each in (*tensors, result)])
         call = self.what, tuple(each.dtype for each in (*tensors, result)), compute, rows
-        build, grid, tail = along_build(*call, True)
+        _, grid, tail = along_build(*call, True)
         device = overload.device(args)
         launches = [launcher(along_build(*call, aligned)[0], device) for aligned in (False, True)]
         allocate = overload.allocation(result, device)
@@ -119,11 +119,11 @@ class Normalise:
         rows = x.numel() // length
         if rows > _INT32_MAX or length > _INT32_MAX // 2:
             decline("its offsets need 64 bits")
-        dtypes = [None if each is None else each.dtype for each in (weight, bias)]
+        of_weight, of_bias = (None if each is None else each.dtype for each in (weight, bias))
         device = overload.device(args)
         if device == CPU:  # where PyTorch keeps the mean in the dtype of what it is of
             results = [results[0], *(each.to(x.dtype) for each in results[1:])]
-        norm = Norm(x.dtype, *dtypes, results[1].dtype, compute, length, groups, channels, space)
+        norm = Norm(x.dtype, of_weight, of_bias, results[1].dtype, compute, length, groups, channels, space)
         launches = [launcher(norm_build(norm, aligned), device) for aligned in (False, True)]
         positions = [overload.names.index(name) for name in ("input", "weight", "bias")]
         allocations = [overload.allocation(each, device, which) for which, each in enumerate(results)]

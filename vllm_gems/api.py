@@ -76,9 +76,9 @@ def enable(include: Files = None, exclude: Files = None) -> Report:
 
     include, exclude: names (`add` is all its overloads, in place and with `out` too; `add.Tensor` is one) or globs, in
     a list or in one string with commas; or for `include` the path of a YAML file with such a list, or with both.
-    Without `include` those that were measured not slower than PyTorch's on this GPU, host and GPU time together; with "*" all.
-    What a kernel does not do, PyTorch does, and the report says how often and why. Raises UnknownNameError for a name
-    that no operation has, and ValueError for a file of another form.
+    Without `include` those that were measured not slower than PyTorch's on this GPU, host and GPU time together; with
+    "*" all. What a kernel does not do, PyTorch does, and the report says how often and why. Raises UnknownNameError
+    for a name that no operation has, and ValueError for a file of another form.
     """
     from .overrides import overrides
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import functools
 import os
@@ -15,7 +16,7 @@ from typing import Any
 
 from .catalog import Catalog, aten_catalog
 from .errors import UnknownNameError
-from .nouns import Row
+from .nouns import Row, State
 from .patcher import Patcher
 from .patches.aten import PREFIX, torch_platform
 from .policy import Policy
@@ -31,12 +32,16 @@ class Overrides:
         self.catalog = catalog
         self.patcher = Patcher(catalog, platform=torch_platform)
         self._wanted: Counter[str] = Counter()
+        self._past: dict[str, Row] = {}  # what became of those that were disabled
         self._lock = threading.RLock()
 
     def rows(self) -> tuple[Row, ...]:
-        """Of what is overridden or was refused; what nobody asked for has none."""
+        """Of what is overridden or was refused, and of what was called while it was; what nobody asked for has none."""
         with self._lock:
-            return self.patcher.rows()
+            present = {row.patch: row for row in self.patcher.rows()}
+            return tuple(
+                _together(self._past.get(name), present.get(name)) for name in sorted({*present, *self._past})
+            )
 
     def enable(self, include: Names = None, exclude: Names = None) -> tuple[str, ...]:
         """Override what is chosen, until `disable`; returns the names of what this call overrode."""
@@ -57,6 +62,10 @@ class Overrides:
         """Give PyTorch its kernels back, whoever wanted them overridden."""
         with self._lock:
             gone = set(self._wanted) if names is None else set(names)
+            for row in self.patcher.rows():
+                if row.patch in gone and (row.hits or row.declined or row.errors):
+                    off = dataclasses.replace(row, state=State.OFF, why=row.why or "disabled")
+                    self._past[row.patch] = _together(self._past.get(row.patch), off)
             for name in gone:
                 del self._wanted[name]
             self.patcher.undo(gone)
@@ -106,6 +115,17 @@ class Overrides:
 
 def _operation(name: str) -> str:
     return name.removeprefix(PREFIX).partition(".")[0].rstrip("_")
+
+
+def _together(past: Row | None, row: Row | None) -> Row:
+    """The later state, with the counts of both."""
+    if past is None or row is None:
+        return past or row  # type: ignore[return-value]
+    declined = Counter(past.declined)
+    declined.update(row.declined)
+    return dataclasses.replace(
+        row, hits=past.hits + row.hits, errors=past.errors + row.errors, declined=dict(declined)
+    )
 
 
 def read(include: Names, exclude: Names) -> tuple[list[str] | None, list[str] | None]:

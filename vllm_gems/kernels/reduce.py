@@ -6,7 +6,7 @@ through memory of up to three dimensions, so that no tensor is ever copied to br
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
