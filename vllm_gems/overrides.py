@@ -97,12 +97,15 @@ class Overrides:
         return tuple(name for name in patches if name in named - without)
 
     def _matches(self, glob: str) -> list[str]:
-        """An overload's name, its operation's (all overloads of it, in place too), or a glob of either."""
+        """An overload's name, its operation's (all overloads of it, in place too), or a glob of these.
+
+        The overload without a name, which is called as its operation, is `<operation>.default`, as in PyTorch.
+        """
         pattern = glob.removeprefix(PREFIX)
         found = [
             name
             for name in self.catalog.patches
-            if fnmatchcase(name.removeprefix(PREFIX), pattern) or fnmatchcase(_operation(name), pattern)
+            if any(fnmatchcase(each, pattern) for each in _names_of(name))
         ]
         if not found:
             near = difflib.get_close_matches(pattern, {_operation(name) for name in self.catalog.patches})
@@ -111,6 +114,12 @@ class Overrides:
 
     def _bind(self, names: Iterable[str]) -> tuple[str, ...]:
         return self.patcher.apply(Policy(), names)
+
+
+def _names_of(name: str) -> tuple[str, str, str]:
+    """By which an overload is found: "mul_.Tensor", "mul_", "mul"."""
+    short = name.removeprefix(PREFIX)
+    return short if "." in short else f"{short}.default", short.partition(".")[0], _operation(name)
 
 
 def _operation(name: str) -> str:
