@@ -372,7 +372,7 @@ def test_gpus_with_less_shared_memory_have_pytorchs(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(products, "launcher", too_large)
     call = Overload(torch.ops.aten.mm.default, ROWS["mm"])
-    with pytest.raises(Refused, match="too large for this GPU.*147456"):
+    with pytest.raises(Refused, match=r"too large for this GPU.*147456"):
         call((dense((3, 4), torch.float32), dense((4, 5), torch.float32)), {})
 
 
