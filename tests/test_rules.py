@@ -46,6 +46,7 @@ ALLOWED = {
     "errors": set(),
     "policy": set(),
     "probes": set(),
+    "products": {".kernels", ".launch", ".overloads"},
     "seams": {".nouns"},
     "worlds": {".probes"},
     "interpreter": {".errors"},

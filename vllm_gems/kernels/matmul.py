@@ -200,13 +200,16 @@ def matmul_build(call: Matrices, with_input: bool, aligned: bool) -> tuple[Build
         else:
             types.append(None)
             tail.append(0)
+        contiguous = 0  # elements
         for step, size in zip(each[1:], (rows, cols), strict=True):
             if step == 1 and size > 1:
+                contiguous = size
                 types.append(None)
                 tail.append(0)
             else:
                 add(step if size > 1 else 0, "i32")
-        return None in types[-2:] and all(kind is None or kind.endswith("/16") for kind in types[-3:])
+        hinted = all(kind is None or kind.endswith("/16") for kind in types[-3:])
+        return hinted and contiguous > 0 and contiguous % 16 == 0
 
     # That the number of rows is a multiple of 16 matters where they are what is contiguous; it changes between calls.
     add(call.rows, "i32", call.a[1] == 1 or call.out[1] == 1)
