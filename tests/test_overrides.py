@@ -1,4 +1,4 @@
-"""enable, only_enable, disable, use_gems: who wants what, in what order it goes, and that PyTorch is as it was after."""
+"""enable, only_enable, disable, use_gems: who wants what, in what order it goes, and that PyTorch is as it was."""
 
 from __future__ import annotations
 
@@ -106,11 +106,16 @@ def test_only_enable_takes_the_others_away() -> None:
 def test_contexts_nest_and_end_after_an_exception() -> None:
     vllm_gems.enable("silu")
     before = bound()
-    with pytest.raises(KeyError), vllm_gems.use_gems("mul.Tensor,silu"):
-        with vllm_gems.use_gems("mul"):
-            assert "aten.mul.out" in bound()
-        assert bound() == {*before, "aten.mul.Tensor"}
-        raise KeyError
+
+    def interrupted() -> None:
+        with vllm_gems.use_gems("mul.Tensor,silu"):
+            with vllm_gems.use_gems("mul"):
+                assert "aten.mul.out" in bound()
+            assert bound() == {*before, "aten.mul.Tensor"}
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        interrupted()
     assert bound() == before
 
 
@@ -207,7 +212,7 @@ def test_writing_to_what_is_read_elsewhere_is_pytorchs() -> None:
     with vllm_gems.use_gems("add,mul"):
         x.mul_(x)
         assert torch.equal(x, torch.arange(8.0, device=DEVICE) ** 2)
-        with pytest.raises(RuntimeError, match="overlap|memory location"):
+        with pytest.raises(RuntimeError, match=r"overlap|memory location"):
             torch.add(x[:-1], 1, out=x[1:])
         with pytest.raises(RuntimeError, match="memory location"):
             x[:1].expand(4).add_(1)

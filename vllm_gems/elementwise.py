@@ -131,31 +131,33 @@ def _plan(
     launches = [launcher(pointwise_build(call, walked, aligned)[0], device) for aligned in (False, True)]
     block = dict(build.constexprs)["BLOCK"]
     grid = -(-tail[0] // block)
-    pointers = [index for index, dtype in enumerate(call.tensors) if dtype is not None]
-    places = [pointers.index(index) if index in pointers else -1 for index in range(MAX_TENSORS)]
-    numbers = [index for index, is_scalar in enumerate(call.scalars) if is_scalar]
-    convert = _number(call.compute)
-    absent = (0,) * (MAX_ARGUMENTS - len(call.scalars))
-    allocate = overload.allocation(result, device)
-    empty = result.numel() == 0
-
-    def run(args: tuple[Any, ...]) -> torch.Tensor:
-        out = allocate(args)
-        if empty:
-            return out
-        addresses = [args[index].data_ptr() for index in pointers]
-        out_at = out.data_ptr()
-        bits = out_at
-        for each in addresses:
-            bits |= each
-        values = [0] * len(call.scalars)
-        for index in numbers:
-            values[index] = convert(fixed[index] if index in fixed else args[index])
-        operands = [addresses[place] if place >= 0 else 0 for place in places]
-        launches[not bits & 15](grid, out_at, *operands, *values, *absent, *tail)
-        return out
-
-    return run
+    names: dict[str, Any] = {
+        "allocate": overload.allocation(result, device),
+        "aligned": launches[True],
+        "misaligned": launches[False],
+        "convert": _number(call.compute),
+    }
+    if result.numel() == 0:
+        return names["allocate"]
+    # Written out for these arguments: loops over them would cost more than PyTorch's whole call.
+    operands, numbers, bits = [], [], ["out_at"]
+    lines = ["out = allocate(args)", "out_at = out.data_ptr()"]
+    for index in range(MAX_ARGUMENTS):
+        if index < len(call.tensors) and call.tensors[index] is not None:
+            lines.append(f"p{index} = args[{index}].data_ptr()")
+            bits.append(f"p{index}")
+        if index < MAX_TENSORS:
+            operands.append(f"p{index}" if f"p{index}" in bits else "0")
+        is_number = index < len(call.scalars) and call.scalars[index]
+        numbers.append(f"convert({fixed.get(index, f'args[{index}]')!s})" if is_number else "0")
+    lines += [
+        f"launch = misaligned if ({' | '.join(bits)}) & 15 else aligned",
+        f"launch({grid}, out_at, {', '.join((*operands, *numbers, *map(str, tail)))})",
+        "return out",
+    ]
+    exec("def run(args):\n    " + "\n    ".join(lines), names)
+    plan: Plan = names["run"]
+    return plan
 
 
 def _number(compute: torch.dtype) -> Callable[[Any], Any]:

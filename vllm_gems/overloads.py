@@ -91,7 +91,7 @@ class Overload:
         self.written = tuple(written)
         self._all = [each.name for each in (*inputs, *outs)]
         self._positional = [each.name for each in inputs if not each.kwarg_only]
-        self._defaults = [each.default_value for each in (*inputs, *outs)]
+        self._defaults = tuple(each.default_value for each in (*inputs, *outs))
         self._by_value = [
             kind not in _TENSORS and kind not in _NUMBERS for kind in (*self.kinds, *(str(each.type) for each in outs))
         ]
@@ -101,8 +101,8 @@ class Overload:
     def in_order(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
         """All arguments as the schema has them, with its defaults; those that are written with `out` come last."""
         given = len(args)
-        if given == len(self._all):
-            return args
+        if not kwargs:
+            return args + self._defaults[given:]
         rest = zip(self._all[given:], self._defaults[given:], strict=True)
         return (*args, *(kwargs.get(name, default) for name, default in rest))
 
@@ -206,7 +206,8 @@ class Overload:
                     first = each.data_ptr()
                     if first >= end or first + _extent(each) <= start:
                         continue
-                    if apart or first != start or each.stride() != out.stride() or each.dtype != out.dtype:
+                    here = first == start and each.dtype == out.dtype
+                    if apart or not here or each.shape != out.shape or each.stride() != out.stride():
                         decline("what is written shares memory with what is read")
             return out
 
