@@ -20,6 +20,14 @@ if shutil.which("nvidia-smi") is None:
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
+@pytest.fixture(autouse=True)
+def _overrides_start_at_nought() -> None:
+    """What earlier tests did with PyTorch's operations is not counted."""
+    used = sys.modules.get("vllm_gems.overrides")
+    if used is not None:
+        used.overrides().reset_counts()
+
+
 # cuBLASLt where there is no GPU: a stand-in
 
 

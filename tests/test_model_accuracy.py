@@ -58,10 +58,8 @@ def tiny() -> Callable[[str], Any]:
 
 @pytest.fixture(autouse=True)
 def _exact() -> Iterator[None]:
-    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-    hf_models.exact_float32()
-    yield
-    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+    with hf_models.exact_float32():
+        yield
 
 
 Spoil = Callable[[torch.Tensor], torch.Tensor]

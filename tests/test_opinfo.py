@@ -38,7 +38,7 @@ OTHERS = ("decimals_0", "decimals_3", "decimals_neg_3", "complex", "binary")
 INFOS = [
     info
     for info in op_db
-    if operation(info) and info.variant_test_name not in OTHERS and not info.name.startswith("masked.")
+    if operation(info) and info.variant_test_name not in OTHERS and not info.name.startswith(("masked.", "sparse."))
 ]
 
 

@@ -60,8 +60,13 @@ def test_one_wrong_element_is_seen() -> None:
 def test_values_of_the_call_before_are_seen() -> None:
     """As a launch would read that does not wait for its inputs."""
     stale: dict[tuple[int, int], torch.Tensor] = {}
+    calls = 0
 
     def late(x: torch.Tensor, factor: float) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        if calls <= 2:  # what is right is found out before it begins
+            return scaled(x, factor)
         previous = stale.get((threading.get_ident(), x.data_ptr()), x)
         stale[threading.get_ident(), x.data_ptr()] = x.clone()
         return scaled(previous, factor)

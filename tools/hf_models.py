@@ -8,8 +8,9 @@ words, for none can be downloaded.
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,10 +69,16 @@ _TINY_VISION: dict[str, Any] = {
 }  # fmt: skip
 
 
-def exact_float32() -> None:
-    """Have PyTorch compute float32 in float32 on a GPU; by default its convolutions round to TF32."""
+@contextlib.contextmanager
+def exact_float32() -> Iterator[None]:
+    """Have PyTorch compute float32 in float32 on a GPU for a while; by default its convolutions round to TF32."""
+    before = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = False
-    torch.backends.cudnn.allow_tf32 = False
+    try:
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
 
 
 @torch.no_grad()

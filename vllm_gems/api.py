@@ -24,6 +24,14 @@ def patcher() -> Patcher:
     return Patcher(catalog())
 
 
+def reset_counts() -> None:
+    """Forget the hits until now: what a parent counted is not its forked child's."""
+    patcher().reset_counts()
+    used = sys.modules.get(f"{__package__}.overrides")
+    if used is not None:
+        used.overrides().reset_counts()
+
+
 def report() -> Report:
     """What is patched in this process, where, and how often it ran; PyTorch's operations too, if any was enabled."""
     used = sys.modules.get(f"{__package__}.overrides")

@@ -36,12 +36,19 @@ class Overrides:
         self._lock = threading.RLock()
 
     def rows(self) -> tuple[Row, ...]:
-        """Of what is overridden or was refused, and of what was called while it was; what nobody asked for has none."""
+        """Of what is overridden or was refused, and of what was called when it last was. Others have none.
+
+        Counts begin anew when an overload is overridden again.
+        """
         with self._lock:
-            present = {row.patch: row for row in self.patcher.rows()}
-            return tuple(
-                _together(self._past.get(name), present.get(name)) for name in sorted({*present, *self._past})
-            )
+            rows = {**self._past, **{row.patch: row for row in self.patcher.rows()}}
+            return tuple(rows[name] for name in sorted(rows))
+
+    def reset_counts(self) -> None:
+        """Forget the hits until now, of a parent in a forked child too."""
+        with self._lock:
+            self._past.clear()
+            self.patcher.reset_counts()
 
     def enable(self, include: Names = None, exclude: Names = None) -> tuple[str, ...]:
         """Override what is chosen, until `disable`; returns the names of what this call overrode."""
@@ -64,8 +71,7 @@ class Overrides:
             gone = set(self._wanted) if names is None else set(names)
             for row in self.patcher.rows():
                 if row.patch in gone and (row.hits or row.declined or row.errors):
-                    off = dataclasses.replace(row, state=State.OFF, why=row.why or "disabled")
-                    self._past[row.patch] = _together(self._past.get(row.patch), off)
+                    self._past[row.patch] = dataclasses.replace(row, state=State.OFF, why=row.why or "disabled")
             for name in gone:
                 del self._wanted[name]
             self.patcher.undo(gone)
@@ -124,17 +130,6 @@ def _names_of(name: str) -> tuple[str, str, str]:
 
 def _operation(name: str) -> str:
     return name.removeprefix(PREFIX).partition(".")[0].rstrip("_")
-
-
-def _together(past: Row | None, row: Row | None) -> Row:
-    """The later state, with the counts of both."""
-    if past is None or row is None:
-        return past or row  # type: ignore[return-value]
-    declined = Counter(past.declined)
-    declined.update(row.declined)
-    return dataclasses.replace(
-        row, hits=past.hits + row.hits, errors=past.errors + row.errors, declined=dict(declined)
-    )
 
 
 def read(include: Names, exclude: Names) -> tuple[list[str] | None, list[str] | None]:

@@ -58,7 +58,7 @@ def _arm() -> None:
 def _forked(_: object) -> None:
     from . import api
 
-    api.patcher().reset_counts()
+    api.reset_counts()
     _arm()
 
 

@@ -27,10 +27,8 @@ REFERENCE = {"bert": "float64", "llama": "float32", "llava": "float32"}
 
 @pytest.fixture(autouse=True)
 def _exact() -> Iterator[None]:
-    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-    hf_models.exact_float32()
-    yield
-    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+    with hf_models.exact_float32():
+        yield
 
 
 @pytest.mark.parametrize("name", ["bert", "llama", "llava"])
