@@ -69,6 +69,7 @@ ALLOWED = {
     },
     "binders": {".probes", ".nouns", ".sites", ".worlds"},
     "ops": {".nouns"},
+    "standalone": {".catalog", ".ops", ".overloads", ".patches"},
     "hookspecs": {".nouns"},
     "catalog": {".errors", ".hookspecs", ".kernels", ".nouns", ".patches", ".seams"},
 }

@@ -6,6 +6,7 @@ Nothing heavy is imported until a name is used: vLLM loads this package in every
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from typing import Any
 
 __version__ = "0.1.0"
@@ -26,11 +27,15 @@ __all__ = ["__version__", *_LAZY]  # noqa: PLE0604
 
 
 def __getattr__(name: str) -> Any:
-    module = _LAZY.get(name)
-    if module is None:
+    if name in _LAZY:
+        return getattr(importlib.import_module(f"{__name__}.{_LAZY[name]}"), name)
+    # A module of ours that nobody has imported yet is asked for here, too, before it is imported.
+    if name.startswith("_") or importlib.util.find_spec(f"{__name__}.{name}") is not None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{module}"), name)
+    standalone = importlib.import_module(f"{__name__}.standalone")  # every op is a function of the package
+    return standalone.device() if name == "device" else standalone.function(name)
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_LAZY})
+    standalone = importlib.import_module(f"{__name__}.standalone")
+    return sorted({*globals(), *_LAZY, "device", *standalone.names()})

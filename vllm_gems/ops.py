@@ -23,7 +23,7 @@ logger = logging.getLogger("vllm_gems")
 CALLS: Counter[str] = Counter()
 FALLBACKS: Counter[str] = Counter()
 
-_LIBRARY = torch.library.Library("vllm_gems", "FRAGMENT")
+LIBRARY = torch.library.Library("vllm_gems", "FRAGMENT")
 _DEFINED: set[str] = set()
 _LOCK = threading.Lock()
 
@@ -34,10 +34,10 @@ def define(kernels: Iterable[Kernel]) -> None:
         for kernel in kernels:
             if kernel.name in _DEFINED:
                 continue
-            _LIBRARY.define(kernel.schema, tags=(torch.Tag.pt2_compliant_tag,))
+            LIBRARY.define(kernel.schema, tags=(torch.Tag.pt2_compliant_tag,))
             for key in ("CUDA", "CPU"):
-                _LIBRARY.impl(kernel.name, _implementation(kernel), key)
-            _LIBRARY._register_fake(kernel.name, kernel.fake)
+                LIBRARY.impl(kernel.name, _implementation(kernel), key)
+            LIBRARY._register_fake(kernel.name, kernel.fake)
             _DEFINED.add(kernel.name)
 
 
