@@ -1,0 +1,238 @@
+"""Overrides of PyTorch's operations against PyTorch: which are not slower, counting the host's time and the GPU's.
+
+    python benchmarks/aten.py [--ops GLOBS] [--rounds N] [--record NAME]
+
+For every overload of the table (`vllm_gems/patches/aten.py`), on activations of 32 and of 2048 tokens by 4096, bfloat16
+where we do that, else what we do: microseconds of the host per call through PyTorch's dispatcher, with the override and
+without, in turn, plus microseconds of the GPU per call. Writes the record `aten`, of which `tools/tables.py` makes the
+default set of `vllm_gems.enable()`: overloads that are not slower at any of these shapes. Needs a GPU; about five
+minutes on an H100, half of them for compiling.
+"""
+
+from __future__ import annotations
+
+import argparse
+import pathlib
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
+
+import vllm_gems
+from benchmarks import measure
+from vllm_gems.overloads import Overload, name_of, overloads_of
+from vllm_gems.overrides import overrides
+from vllm_gems.patches import aten
+from vllm_gems.tuning.timing import gpu_us
+
+TOKENS = (32, 2048)
+HIDDEN = 4096
+DTYPES = (torch.bfloat16, torch.float32, torch.int64, torch.int32, torch.bool)
+
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+def overridden(globs: str = "*") -> Iterator[tuple[str, Any, Any]]:
+    """(patch, overload, row) of everything that can be overridden here."""
+    chosen = set(overrides().choose(globs, None))
+    for row in aten.ROWS:
+        for overload in overloads_of(row.op):
+            name = aten.PREFIX + name_of(overload).partition("::")[2]
+            if name in chosen and row.reads(overload._schema):
+                chosen.discard(name)
+                yield name, overload, row
+
+
+class Maker:
+    """Tensors of one size, dtype and device."""
+
+    def __init__(self, tokens: int, hidden: int, dtype: torch.dtype, device: str) -> None:
+        self.tokens, self.hidden, self.dtype, self.device = tokens, hidden, dtype, device
+
+    def values(self, *shape: int) -> torch.Tensor:
+        if self.dtype.is_floating_point:
+            return torch.rand(shape, device=self.device).add_(0.25).to(self.dtype)
+        return torch.randint(1, 5, shape, device=self.device).to(self.dtype)
+
+    def index(self, *shape: int, below: int) -> torch.Tensor:
+        return torch.rand(shape, device=self.device).mul_(below).long().clamp_(max=below - 1)
+
+    def of_op(self, op: str) -> dict[str, Any]:
+        """Arguments that are no activations, by name."""
+        tokens, hidden = self.tokens, self.hidden
+        few = min(64, hidden)
+        weight = self.values(hidden, hidden)
+        special: dict[str, dict[str, Callable[[], Any]]] = {
+            "embedding": {
+                "weight": lambda: self.values(8 * few, hidden), "indices": lambda: self.index(tokens, below=8 * few),
+            },
+            "index_select": {"dim": lambda: 0, "index": lambda: self.index(tokens, below=tokens)},
+            "gather": {"dim": lambda: 1, "index": lambda: self.index(tokens, few, below=hidden)},
+            "scatter": {
+                "dim": lambda: 1, "index": lambda: self.index(tokens, few, below=hidden),
+                "src": lambda: self.values(tokens, few),
+            },
+            "scatter_add": {
+                "dim": lambda: 1, "index": lambda: self.index(tokens, few, below=hidden),
+                "src": lambda: self.values(tokens, few),
+            },
+            "index": {"indices": lambda: [self.index(tokens, below=tokens)]},
+            "cat": {"tensors": lambda: [self.values(tokens, hidden) for _ in range(2)], "dim": lambda: 0},
+            "mm": {"mat2": lambda: weight},
+            "mv": {"vec": lambda: self.values(hidden)},
+            "addmv": {
+                "self": lambda: self.values(tokens), "mat": lambda: self.values(tokens, hidden),
+                "vec": lambda: self.values(hidden),
+            },
+            "addmm": {"mat2": lambda: weight},
+            "bmm": {
+                "self": lambda: self.values(few, tokens, few), "mat2": lambda: self.values(few, few, few),
+            },
+            "baddbmm": {
+                "self": lambda: self.values(few, tokens, few), "batch1": lambda: self.values(few, tokens, few),
+                "batch2": lambda: self.values(few, few, few),
+            },
+            "native_layer_norm": {
+                "normalized_shape": lambda: [hidden], "weight": lambda: self.values(hidden),
+                "bias": lambda: self.values(hidden),
+            },
+            "native_group_norm": {
+                "input": lambda: self.values(tokens, hidden, 2), "weight": lambda: self.values(hidden),
+                "bias": lambda: self.values(hidden), "N": lambda: tokens, "C": lambda: hidden, "HxW": lambda: 2,
+                "group": lambda: 4,
+            },
+        }  # fmt: skip
+        return {name: make() for name, make in special.get(op, {}).items()}
+
+    def of_type(self, kind: str, each: Any) -> Any:
+        """An argument by its type and name."""
+        if "Tensor" in kind:
+            if each.name == "value":
+                return self.values()
+            found = self.values(self.tokens, self.hidden)
+            return found > found.float().mean() if each.name in ("condition", "mask") else found
+        if each.name in ("dim",):
+            return [-1] if "List" in kind else -1
+        if each.name == "input_dtype":
+            return self.dtype
+        if each.name == "rounding_mode":
+            return "trunc"
+        if each.name in ("alpha", "beta", "correction", "scale", "input_scale"):
+            return 1
+        if each.name == "decimals" or "float" in kind or "number" in kind:
+            return 2 if not self.dtype.is_floating_point else 0.5
+        return each.default_value if each.has_default_value() else False
+
+    def arguments(self, overload: Any, row: Any) -> Arguments:
+        """Of a call; what is written to has what PyTorch puts there."""
+        special = self.of_op(row.op)
+        args: list[Any] = []
+        kwargs: dict[str, Any] = {}
+        outs: list[str] = []
+        for each in overload._schema.arguments:
+            if each.is_out:
+                outs.append(each.name)
+                continue
+            value = special[each.name] if each.name in special else self.of_type(str(each.type), each)
+            if each.kwarg_only:
+                kwargs[each.name] = value
+            else:
+                args.append(value)
+        if outs:
+            kwargs.update(self._outs(overload, args, kwargs, outs))
+        return tuple(args), kwargs
+
+    def _outs(self, overload: Any, args: list[Any], kwargs: dict[str, Any], outs: list[str]) -> dict[str, Any]:
+        kinds = (self.dtype, torch.bool, torch.int64, torch.float32)
+        for first in kinds:
+            for last in (first, torch.int64):  # of indices beside values
+                made = {name: torch.empty(0, dtype=first, device=self.device) for name in outs}
+                made[outs[-1]] = torch.empty(0, dtype=last, device=self.device)
+                try:
+                    overload(*args, **kwargs, **made)
+                except RuntimeError:
+                    continue
+                return made
+        raise ValueError(f"{overload} writes to no dtype of {kinds}")
+
+
+def taken(overload: Any, row: Any, tokens: int, hidden: int, device: str) -> tuple[torch.dtype, Arguments, Overload]:
+    """Arguments that PyTorch accepts and our kernel takes; raises ValueError, with why not, if there are none."""
+    reasons = []
+    for dtype in DTYPES:
+        try:
+            args, kwargs = Maker(tokens, hidden, dtype, device).arguments(overload, row)
+            overload(*args, **kwargs)
+            call = Overload(overload, row)
+            call(args, kwargs)
+        except (RuntimeError, ValueError, NotImplementedError) as error:  # Refused is a ValueError
+            reasons.append(f"{dtype}: {error}")
+            continue
+        return dtype, (args, kwargs), call
+    raise ValueError(f"{overload}: {'; '.join(reasons)}")
+
+
+def timed(name: str, overload: Any, row: Any, tokens: int, rounds: int) -> dict[str, Any]:
+    """A row of the record."""
+    dtype, (args, kwargs), call = taken(overload, row, tokens, HIDDEN, "cuda")
+
+    def through_pytorch() -> Any:
+        return overload(*args, **kwargs)
+
+    def turn(side: str) -> None:
+        if side == "ours":
+            vllm_gems.only_enable(name)
+        else:
+            vllm_gems.disable()
+
+    host = measure.host_us(
+        {"ours": through_pytorch, "aten": through_pytorch}, rounds=rounds, before=turn, pause=torch.cuda.synchronize
+    )
+    vllm_gems.disable()
+    gpu = gpu_us({"ours": lambda: call(args, kwargs), "aten": through_pytorch}, [{}])
+    total = {side: host[side] + gpu[side] for side in ("ours", "aten")}
+    return {
+        "case": {"op": name, "num_tokens": tokens, "hidden_size": HIDDEN, "dtype": str(dtype).removeprefix("torch.")},
+        "unit": "us",
+        "ours": round(total["ours"], 2),
+        "against": {"aten": round(total["aten"], 2)},
+        "host": {side: round(value, 2) for side, value in host.items()},
+        "gpu": {side: round(value, 2) for side, value in gpu.items()},
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--ops", default="*", help="names or globs, as of enable()")
+    parser.add_argument("--rounds", type=int, default=3, help="turns of each side")
+    parser.add_argument("--record", default="aten", help="the record's name")
+    parser.add_argument("--out", type=pathlib.Path, help="its folder")
+    args = parser.parse_args()
+    if not torch.cuda.is_available():
+        print("there is no GPU here", file=sys.stderr)
+        return 1
+    rows, failed = [], []
+    for name, overload, row in overridden(args.ops):
+        for tokens in TOKENS:
+            try:
+                rows.append(timed(name, overload, row, tokens, args.rounds))
+            except (RuntimeError, ValueError, NotImplementedError) as error:
+                failed.append(f"{name}, {tokens} tokens: {error}")
+    path = measure.record(args.record, rows, folder=args.out, failed=failed)
+    ratios: dict[str, float] = {}
+    for each in rows:
+        ratio = each["ours"] / each["against"]["aten"]
+        ratios[each["case"]["op"]] = max(ratio, ratios.get(each["case"]["op"], 0.0))
+    print(f"{path}: {len(ratios)} overloads at {len(TOKENS)} shapes, {len(failed)} not measured")
+    for title, some in (("fastest", sorted(ratios, key=ratios.__getitem__)[:12]),
+                        ("slowest", sorted(ratios, key=ratios.__getitem__)[-6:])):  # fmt: skip
+        print(f"{title}: " + ", ".join(f"{name.removeprefix(aten.PREFIX)} {ratios[name]:.2f}" for name in some))
+    print(f"not slower than PyTorch at any shape: {sum(ratio <= 1 for ratio in ratios.values())}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
