@@ -107,3 +107,16 @@ def test_check_here_fails_for_a_patch_that_cannot_be() -> None:
     ((code, printed),) = commands(["check"], TRITON_INTERPRET="0", VLLM_GEMS_INCLUDE="layernorm.rms_norm")
     assert code == cli.PROBLEM
     assert "layernorm.rms_norm was asked for and is refused: there is no GPU" in printed
+
+
+def test_report_lists_what_can_be_enabled() -> None:
+    (code, printed), (_, text) = commands(["report", "--aten", "--json"], ["report", "--aten"])
+    assert code == cli.OK
+    told = {each["overload"]: each for each in json.loads(printed)}
+    assert {"operation", "default", "speedup"} < set(told["add_.Tensor"])
+    assert told["add_.Tensor"]["operation"] == "add"
+    *lines, last = text.splitlines()
+    assert [line.split()[0] for line in lines] == list(told)
+    assert last.startswith(f"{len(told)} overloads of ")
+    if not any(each["speedup"] for each in told.values()):
+        assert last.endswith("0 in the default set, because nothing was measured on this GPU")

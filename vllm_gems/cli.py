@@ -55,6 +55,7 @@ def _parser() -> argparse.ArgumentParser:
     report = verb("report", _report, "what is patched, where, and how often it ran")
     report.add_argument("path", nargs="?", help=path)
     report.add_argument("--all", action="store_true", help="the patches that are off, too")
+    report.add_argument("--aten", action="store_true", help="which of PyTorch's operations `enable()` can replace here")
     check = verb("check", _check, "exit 1 if a patch asked for is not bound, was bound and never hit, or failed")
     check.add_argument("path", nargs="?", help=path)
     explain = verb("explain", _explain, "where a patch goes, what it gains, and its state here")
@@ -99,8 +100,28 @@ def _bind_here() -> Any:
 
 
 def _report(args: argparse.Namespace) -> int:
+    if args.aten:
+        return _aten(args)
     found = _found(args.path)
     print(json.dumps(found.to_json(), indent=1) if args.json else found.text(everything=args.all))
+    return OK
+
+
+def _aten(args: argparse.Namespace) -> int:
+    """Every overload that can be overridden, whether it is by default, and what was measured."""
+    from .overrides import overrides
+
+    told = overrides().told()
+    if args.json:
+        print(json.dumps(told, indent=1))
+        return OK
+    for each in told:
+        measured = "not measured" if each["speedup"] is None else f"{each['speedup']:.2f}x PyTorch's speed"
+        print(f"{each['overload']:36} {'default' if each['default'] else '-':8} {measured}")
+    defaults = sum(each["default"] for each in told)
+    operations = len({each["operation"] for each in told})
+    why = "" if any(each["speedup"] for each in told) else ", because nothing was measured on this GPU"
+    print(f"{len(told)} overloads of {operations} operations; {defaults} in the default set{why}")
     return OK
 
 

@@ -18,7 +18,7 @@ from .catalog import Catalog, aten_catalog
 from .errors import UnknownNameError
 from .nouns import Row, State
 from .patcher import Patcher
-from .patches.aten import PREFIX, torch_platform
+from .patches.aten import PREFIX, measured, torch_platform
 from .policy import Policy
 
 # Names or globs, in a list or in one string with commas; or a YAML file of these.
@@ -28,8 +28,9 @@ Names = str | os.PathLike[str] | Iterable[str] | None
 class Overrides:
     """Counts who wants which overload: it is overridden as long as somebody does."""
 
-    def __init__(self, catalog: Catalog) -> None:
+    def __init__(self, catalog: Catalog, measured: Mapping[str, float]) -> None:
         self.catalog = catalog
+        self.measured = measured
         self.patcher = Patcher(catalog, platform=torch_platform)
         self._wanted: Counter[str] = Counter()
         self._past: dict[str, Row] = {}  # what became of those that were disabled
@@ -91,6 +92,19 @@ class Overrides:
                 mine = [name for name in chosen if self._wanted[name] > 0]
                 self._wanted.subtract(mine)
                 self.disable([name for name in mine if self._wanted[name] == 0])
+
+    def told(self) -> list[dict[str, Any]]:
+        """Of every overload: its name and operation, whether it is a default, PyTorch's measured time over ours."""
+        measured = self.measured
+        return [
+            {
+                "overload": name.removeprefix(PREFIX),
+                "operation": _operation(name),
+                "default": patch.default,
+                "speedup": measured.get(name),
+            }
+            for name, patch in self.catalog.patches.items()
+        ]
 
     def choose(self, include: Names, exclude: Names) -> tuple[str, ...]:
         """The names of the overloads that are meant, sorted. Raises UnknownNameError for one that means none."""
@@ -159,4 +173,4 @@ def _list(names: Any) -> list[str] | None:
 @functools.cache
 def overrides() -> Overrides:
     """Those of this process."""
-    return Overrides(aten_catalog())
+    return Overrides(aten_catalog(), measured(torch_platform()))

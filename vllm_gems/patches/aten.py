@@ -188,7 +188,7 @@ def torch_platform() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def _measured(platform: str) -> Mapping[str, float]:
+def measured(platform: str) -> Mapping[str, float]:
     """Overload -> PyTorch's time over ours on this GPU."""
     return speedups(torch.cuda.get_device_name()) if platform == "cuda" else {}
 
@@ -196,7 +196,7 @@ def _measured(platform: str) -> Mapping[str, float]:
 @functools.cache
 def overrides(platform: str) -> tuple[tuple[Seam, Patch], ...]:
     """All that the table stands in for on a platform ("cuda" or "cpu"), as patches."""
-    key, measured = {"cuda": "CUDA", "cpu": "CPU"}[platform], _measured(platform)
+    key, speeds = {"cuda": "CUDA", "cpu": "CPU"}[platform], measured(platform)
     found: dict[str, tuple[Seam, Patch]] = {}
     for row in ROWS:
         for overload in overloads_of(row.op):
@@ -206,6 +206,6 @@ def overrides(platform: str) -> tuple[tuple[Seam, Patch], ...]:
                 continue
             expects = (normalise_schema(str(overload._schema)),)
             seam = Seam(name, (Place("aten", "torch", place, expects),))
-            default = measured.get(name, 0.0) >= 1.0
+            default = speeds.get(name, 0.0) >= 1.0
             found[name] = seam, Patch(name, name, (), adapt(overload, row), f"{place} by a kernel in Triton", default)
     return tuple(found[name] for name in sorted(found))
