@@ -23,7 +23,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
 import vllm_gems
 from benchmarks import measure
-from vllm_gems.overloads import Overload, name_of, overloads_of
+from vllm_gems.aten.overloads import Overload, name_of, overloads_of
 from vllm_gems.overrides import overrides
 from vllm_gems.patches import aten
 from vllm_gems.tuning.timing import gpu_us

@@ -21,8 +21,8 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
 import vllm_gems
 from benchmarks import measure
+from vllm_gems.aten.overloads import Overload
 from vllm_gems.kernels.matmul import tiling_for
-from vllm_gems.overloads import Overload
 from vllm_gems.patches import aten
 from vllm_gems.tuning.timing import gpu_us
 

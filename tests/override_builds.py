@@ -8,14 +8,14 @@ from typing import Any, NamedTuple
 
 import torch
 
-from vllm_gems.elementwise import Elementwise
+from vllm_gems.aten.elementwise import Elementwise
+from vllm_gems.aten.overloads import overloads_of
 from vllm_gems.kernels import along
 from vllm_gems.kernels.indexing import MAX_DIMS, MAX_INDICES, Index, Move, move_builds
 from vllm_gems.kernels.matmul import Matrices, matmul_build
 from vllm_gems.kernels.pointwise import Pointwise, pointwise_build, walk
 from vllm_gems.kernels.reduce import Reduction, reduce_build
 from vllm_gems.launch import Build
-from vllm_gems.overloads import overloads_of
 from vllm_gems.patches import aten
 
 

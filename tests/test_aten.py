@@ -12,9 +12,9 @@ from aten_calls import DEVICE, Call, calls_of, expected_of, outcome, same
 from test_rules import ROOT
 
 import vllm_gems
+from vllm_gems.aten.elementwise import Elementwise
+from vllm_gems.aten.overloads import name_of, overloads_of
 from vllm_gems.catalog import aten_catalog
-from vllm_gems.elementwise import Elementwise
-from vllm_gems.overloads import name_of, overloads_of
 from vllm_gems.patches import aten
 
 BOUND = tuple(aten_catalog().patches)

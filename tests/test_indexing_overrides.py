@@ -12,10 +12,10 @@ from aten_calls import DEVICE, Call, elements, outcome, same
 from torch.testing._internal.common_methods_invocations import op_db
 
 import vllm_gems
+from vllm_gems.aten.indexing import INDEXING
+from vllm_gems.aten.overloads import Overload
 from vllm_gems.catalog import aten_catalog
-from vllm_gems.indexing import INDEXING
 from vllm_gems.kernels.indexing import MAX_DIMS, MAX_INDICES
-from vllm_gems.overloads import Overload
 from vllm_gems.patches import aten as patches
 
 aten = torch.ops.aten

@@ -14,13 +14,13 @@ from torch.testing import assert_close as assert_as_pytorch
 from triton.runtime.errors import OutOfResources
 
 import vllm_gems
-from vllm_gems import products
+from vllm_gems.aten import products
+from vllm_gems.aten.overloads import Overload
+from vllm_gems.aten.products import Product
 from vllm_gems.errors import Refused
 from vllm_gems.kernels import matmul
 from vllm_gems.kernels.matmul import Matrices, Tiling, matmul_build, tiling_for
-from vllm_gems.overloads import Overload
 from vllm_gems.patches import aten
-from vllm_gems.products import Product
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

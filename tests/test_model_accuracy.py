@@ -157,7 +157,7 @@ def test_not_a_number_is_found(tiny: Callable[[str], Any], spoiled: Callable[[st
 
 def test_a_kernel_that_fails_is_told(tiny: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """PyTorch's does its calls, so the results are right."""
-    from vllm_gems.overloads import Overload
+    from vllm_gems.aten.overloads import Overload
 
     right = Overload.__call__
 

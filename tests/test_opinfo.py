@@ -9,6 +9,9 @@ from typing import Any
 import pytest
 import torch
 from aten_calls import DEVICE, HALVES, same
+
+pytest.importorskip("expecttest", reason="PyTorch's samples need the package expecttest")
+
 from torch.testing._internal.common_methods_invocations import op_db
 
 import vllm_gems

@@ -191,7 +191,7 @@ def test_a_number_is_a_number_to_pytorch_too(number: complex) -> None:
 
 
 def test_a_kernel_that_raises_leaves_the_call_to_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
-    from vllm_gems import elementwise
+    from vllm_gems.aten import elementwise
 
     def broken(*args: object) -> None:
         raise RuntimeError("no")
@@ -243,7 +243,7 @@ def _result(call: object) -> object:
 
 
 def test_plans_are_dropped_when_there_are_too_many(monkeypatch: pytest.MonkeyPatch) -> None:
-    from vllm_gems import overloads
+    from vllm_gems.aten import overloads
 
     monkeypatch.setattr(overloads, "PLANS", 3)
     with vllm_gems.use_gems("neg"):

@@ -58,18 +58,14 @@ ALLOWED = {
     "sites": {".errors"},
     "cublaslt": {".errors", ".launch"},
     "replay": {".launch", ".scratch"},
-    "overloads": {".errors", ".launch"},
-    **{
-        row: {".kernels", ".launch", ".overloads"}
-        for row in ("elementwise", "reductions", "along", "indexing", "products")
-    },
+    "aten": {".errors", ".kernels", ".launch"},
     "patches": {
-        ".along", ".cublaslt", ".elementwise", ".errors", ".indexing", ".kernels", ".launch", ".nouns", ".overloads",
-        ".probes", ".products", ".reductions", ".replay", ".seams", ".sites", ".tuned",
+        ".aten", ".cublaslt", ".errors", ".kernels", ".launch", ".nouns", ".probes", ".replay", ".seams", ".sites",
+        ".tuned",
     },
     "binders": {".probes", ".nouns", ".sites", ".worlds"},
     "ops": {".nouns"},
-    "standalone": {".catalog", ".ops", ".overloads", ".patches"},
+    "standalone": {".aten", ".catalog", ".ops", ".patches"},
     "hookspecs": {".nouns"},
     "catalog": {".errors", ".hookspecs", ".kernels", ".nouns", ".patches", ".seams"},
 }

@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 import torch
 
 from . import ops
+from .aten.overloads import Overload, is_replaceable, name_of
 from .catalog import catalog
-from .overloads import Overload, is_replaceable, name_of
 from .patches import aten
 
 logger = logging.getLogger("vllm_gems")

@@ -13,16 +13,16 @@ from typing import Any
 
 import torch
 
-from ..along import Along, Normalise
-from ..elementwise import Elementwise
+from ..aten.along import Along, Normalise
+from ..aten.elementwise import Elementwise
+from ..aten.indexing import INDEXING
+from ..aten.overloads import Overload, Row, is_replaceable, name_of, overloads_of
+from ..aten.products import Product
+from ..aten.reductions import Reduce
 from ..errors import Refused
-from ..indexing import INDEXING
 from ..kernels import formulas
 from ..nouns import Patch, Place, Seam
-from ..overloads import Overload, Row, is_replaceable, name_of, overloads_of
 from ..probes import normalise_schema
-from ..products import Product
-from ..reductions import Reduce
 from ..sites import Site
 from ..tuned import speedups
 

@@ -8,8 +8,8 @@ from typing import Any, NoReturn, Protocol
 
 import torch
 
-from .errors import Refused
-from .launch import CPU, INTERPRETED, allocator, direct_refuses
+from ..errors import Refused
+from ..launch import CPU, INTERPRETED, allocator, direct_refuses
 
 # What does a call whose arguments look like those it was made for: arguments in the schema's order -> the result.
 Plan = Callable[[tuple[Any, ...]], Any]

@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 import torch
 from torch._prims_common import compute_elementwise_output_strides
 
-from .kernels.indexing import MAX_INDICES, Index, Move, move_builds
-from .launch import launcher
+from ..kernels.indexing import MAX_INDICES, Index, Move, move_builds
+from ..launch import launcher
 from .overloads import Overload, Plan, decline
 
 Arguments = tuple[Any, ...]

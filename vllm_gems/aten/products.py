@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from triton.runtime.errors import OutOfResources
 
-from .kernels.matmul import DTYPES, INT32_MAX, Matrices, matmul_build
-from .launch import launcher
+from ..kernels.matmul import DTYPES, INT32_MAX, Matrices, matmul_build
+from ..launch import launcher
 from .overloads import Overload, Plan, decline
 
 _LARGEST = torch.finfo(torch.float32).max

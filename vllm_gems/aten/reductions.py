@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from .kernels.pointwise import walk
-from .kernels.reduce import MAX_DIMS, Reduction, reduce_build
-from .launch import launcher
+from ..kernels.pointwise import walk
+from ..kernels.reduce import MAX_DIMS, Reduction, reduce_build
+from ..launch import launcher
 from .overloads import Overload, Plan, decline
 
 _INT32_MAX = 2**31 - 1

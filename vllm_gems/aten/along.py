@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from .kernels.along import Norm, Rows, along_build, norm_build
-from .kernels.pointwise import Walk, walk
-from .kernels.reduce import MAX_DIMS
-from .launch import CPU, launcher
+from ..kernels.along import Norm, Rows, along_build, norm_build
+from ..kernels.pointwise import Walk, walk
+from ..kernels.reduce import MAX_DIMS
+from ..launch import CPU, launcher
 from .overloads import Overload, Plan, decline, exact_doubles
 
 _INT32_MAX = 2**31 - 1

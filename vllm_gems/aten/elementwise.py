@@ -16,8 +16,8 @@ import torch
 from torch._prims_common import ELEMENTWISE_TYPE_PROMOTION_KIND as KINDS
 from torch._prims_common import compute_elementwise_output_strides, elementwise_dtypes, make_contiguous_strides_for
 
-from .kernels.pointwise import COMPUTE, MAX_ARGUMENTS, MAX_DIMS, MAX_TENSORS, Pointwise, pointwise_build, walk
-from .launch import launcher
+from ..kernels.pointwise import COMPUTE, MAX_ARGUMENTS, MAX_DIMS, MAX_TENSORS, Pointwise, pointwise_build, walk
+from ..launch import launcher
 from .overloads import Overload, Plan, decline, exact_doubles, scalar_of
 
 _KINDS = {"default": KINDS.DEFAULT, "float": KINDS.INT_TO_FLOAT, "bool": KINDS.ALWAYS_BOOL}
