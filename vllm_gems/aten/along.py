@@ -11,8 +11,8 @@ import torch
 from ..kernels.along import Norm, Rows, along_build, norm_build
 from ..kernels.pointwise import Walk, walk
 from ..kernels.reduce import MAX_DIMS
-from ..launch import CPU, launcher
-from .overloads import Overload, Plan, decline, exact_doubles
+from ..launch import CPU
+from .overloads import Overload, Plan, decline, exact_doubles, launches_of
 
 _INT32_MAX = 2**31 - 1
 
@@ -55,7 +55,7 @@ class Along:
         call = self.what, tuple(each.dtype for each in (*tensors, result)), compute, rows
         _, grid, tail = along_build(*call, True)
         device = overload.device(args)
-        launches = [launcher(along_build(*call, aligned)[0], device) for aligned in (False, True)]
+        launch_for = launches_of(lambda aligned: along_build(*call, aligned)[0], device)
         allocate = overload.allocation(result, device)
         empty = result.numel() == 0
 
@@ -66,7 +66,7 @@ class Along:
                 out_at = bits = out.data_ptr()
                 for each in addresses:
                     bits |= each
-                launches[not bits & 15](grid, *addresses, out_at, *tail)
+                launch_for(bits)(grid, *addresses, out_at, *tail)
             return out
 
         return run
@@ -124,7 +124,7 @@ class Normalise:
         if device == CPU:  # where PyTorch keeps the mean in the dtype of what it is of
             results = [results[0], *(each.to(x.dtype) for each in results[1:])]
         norm = Norm(x.dtype, of_weight, of_bias, results[1].dtype, compute, length, groups, channels, space)
-        launches = [launcher(norm_build(norm, aligned), device) for aligned in (False, True)]
+        launch_for = launches_of(lambda aligned: norm_build(norm, aligned), device)
         positions = [overload.names.index(name) for name in ("input", "weight", "bias")]
         allocations = [overload.allocation(each, device, which) for which, each in enumerate(results)]
 
@@ -136,7 +136,7 @@ class Normalise:
                 bits = 0
                 for each in addresses:
                     bits |= each
-                launches[not bits & 15](rows, *addresses, length, eps)
+                launch_for(bits)(rows, *addresses, length, eps)
             return tuple(outs)
 
         return run

@@ -17,8 +17,7 @@ from torch._prims_common import ELEMENTWISE_TYPE_PROMOTION_KIND as KINDS
 from torch._prims_common import compute_elementwise_output_strides, elementwise_dtypes, make_contiguous_strides_for
 
 from ..kernels.pointwise import COMPUTE, MAX_ARGUMENTS, MAX_DIMS, MAX_TENSORS, Pointwise, pointwise_build, walk
-from ..launch import launcher
-from .overloads import Overload, Plan, decline, exact_doubles, scalar_of
+from .overloads import Overload, Plan, decline, exact_doubles, launches_of, scalar_of
 
 _KINDS = {"default": KINDS.DEFAULT, "float": KINDS.INT_TO_FLOAT, "bool": KINDS.ALWAYS_BOOL}
 
@@ -128,13 +127,11 @@ def _plan(
     overload: Overload, call: Pointwise, result: torch.Tensor, walked: Any, device: int, fixed: Mapping[int, float]
 ) -> Plan:
     build, tail = pointwise_build(call, walked, True)
-    launches = [launcher(pointwise_build(call, walked, aligned)[0], device) for aligned in (False, True)]
     block = dict(build.constexprs)["BLOCK"]
     grid = -(-tail[0] // block)
     names: dict[str, Any] = {
         "allocate": overload.allocation(result, device),
-        "aligned": launches[True],
-        "misaligned": launches[False],
+        "launch_for": launches_of(lambda aligned: pointwise_build(call, walked, aligned)[0], device),
         "convert": _number(call.compute),
     }
     if result.numel() == 0:
@@ -151,8 +148,7 @@ def _plan(
         is_number = index < len(call.scalars) and call.scalars[index]
         numbers.append(f"convert({fixed.get(index, f'args[{index}]')!s})" if is_number else "0")
     lines += [
-        f"launch = misaligned if ({' | '.join(bits)}) & 15 else aligned",
-        f"launch({grid}, out_at, {', '.join((*operands, *numbers, *map(str, tail)))})",
+        f"launch_for({' | '.join(bits)})({grid}, out_at, {', '.join((*operands, *numbers, *map(str, tail)))})",
         "return out",
     ]
     exec("def run(args):\n    " + "\n    ".join(lines), names)

@@ -9,7 +9,7 @@ from typing import Any, NoReturn, Protocol
 import torch
 
 from ..errors import Refused
-from ..launch import CPU, INTERPRETED, allocator, direct_refuses
+from ..launch import CPU, INTERPRETED, Build, Launch, allocator, direct_refuses, launcher
 
 # What does a call whose arguments look like those it was made for: arguments in the schema's order -> the result.
 Plan = Callable[[tuple[Any, ...]], Any]
@@ -70,6 +70,25 @@ def is_replaceable(name: str, key: str) -> bool:
         torch._C._dispatch_has_computed_kernel_for_dispatch_key(name, key)
         and not torch._C._dispatch_has_kernel_for_dispatch_key(name, "CompositeImplicitAutograd")
     )
+
+
+def launches_of(build_of: Callable[[bool], Build], device: int) -> Callable[[int], Launch]:
+    """(the bits of all addresses, or-ed) -> how to launch: aligned tensors are compiled for now, others when there are.
+
+    Few ever come, and each build takes a compiler's time.
+    """
+    aligned = launcher(build_of(True), device)
+    misaligned: Launch | None = None
+
+    def launch_for(bits: int) -> Launch:
+        nonlocal misaligned
+        if not bits & 15:
+            return aligned
+        if misaligned is None:
+            misaligned = launcher(build_of(False), device)
+        return misaligned
+
+    return launch_for
 
 
 class Overload:

@@ -9,8 +9,7 @@ import torch
 
 from ..kernels.pointwise import walk
 from ..kernels.reduce import MAX_DIMS, Reduction, reduce_build
-from ..launch import launcher
-from .overloads import Overload, Plan, decline
+from .overloads import Overload, Plan, decline, launches_of
 
 _INT32_MAX = 2**31 - 1
 _ARGUMENTS = {"self", "dim", "keepdim", "dtype", "correction"}
@@ -81,14 +80,11 @@ class Reduce:
         call = Reduction(
             what, x.dtype, compute, None if values is None else values.dtype, results[1].dtype if self.mean else None
         )
-        build, grid, tail = reduce_build(call, kept, reduced, True)
+        _, grid, tail = reduce_build(call, kept, reduced, True)
         if grid < _FEW_PROGRAMS and reduced.numel > _LONG_WALK:
             decline(f"{grid} programs would walk through {reduced.numel} elements, which PyTorch divides")
         device = overload.device(args)
-        launches = [
-            launcher(build if aligned else reduce_build(call, kept, reduced, False)[0], device)
-            for aligned in (False, True)
-        ]
+        launch_for = launches_of(lambda aligned: reduce_build(call, kept, reduced, aligned)[0], device)
         allocations = [overload.allocation(each, device, which) for which, each in enumerate(results)]
         extra: tuple[Any, ...] = ()
         if what in ("var", "std"):
@@ -108,7 +104,7 @@ class Reduce:
                     where = (0, addresses[0]) if alone else (addresses[0], addresses[1])
                 else:
                     where = (addresses[0], addresses[1] if len(addresses) > 1 else 0)
-                launches[not (at | where[0] | where[1]) & 15](grid, at, *where, *tail, *extra)
+                launch_for(at | where[0] | where[1])(grid, at, *where, *tail, *extra)
             return outs[0] if single else tuple(outs)
 
         return run
