@@ -63,7 +63,7 @@ def _calls(row: Elementwise, schema: Any, dtype: torch.dtype) -> Iterator[Pointw
     compute = torch.float32 if dtype.is_floating_point else dtype
     kind = row.kind if isinstance(row.kind, str) else "default"
     for option in options:
-        yield Pointwise(
+        call = Pointwise(
             formula=row.formula,
             tensors=tuple(
                 (torch.bool if name in row.as_is else dtype) if "Tensor" in kind else None
@@ -74,6 +74,15 @@ def _calls(row: Elementwise, schema: Any, dtype: torch.dtype) -> Iterator[Pointw
             compute=compute,
             out=torch.bool if kind == "bool" else dtype,
             as_is=tuple(index for index, name in enumerate(names) if name in row.as_is),
+        )
+        yield call
+    for absent, formula in row.without.items():
+        there = [index for index, name in enumerate(names) if name != absent]
+        yield call._replace(
+            formula=formula,
+            tensors=tuple(call.tensors[index] for index in there),
+            scalars=tuple(call.scalars[index] for index in there),
+            constant=None,
         )
 
 

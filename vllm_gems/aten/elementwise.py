@@ -8,8 +8,8 @@ dtypes; a call after that is a look-up, an allocation and a launch.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -40,6 +40,8 @@ class Elementwise:
     last_first: bool = False  # the last argument's layout is the result's, not the first one's
     # (name, dtype of the result) -> the number in the place of None
     missing: Callable[[str, torch.dtype], float] | None = None
+    # Argument -> the formula of the others, where it is None.
+    without: Mapping[str, Any] = field(default_factory=dict)
     for_bool: Any = None  # the formula for bool, where it is another one
 
     def reads(self, schema: Any) -> bool:
@@ -84,9 +86,15 @@ class Elementwise:
         constant: Any = None
         strides = [result.stride()]
         fixed: dict[int, float] = {}
+        places: list[int] = []  # of the formula's arguments among ours
+        formula = self.for_bool if self.for_bool is not None and compute is torch.bool else self.formula
         for index, (name, value) in enumerate(zip(overload.names, given, strict=True)):
             if value is None and self.missing is not None:
                 value = fixed[index] = self.missing(name, result.dtype)
+            if value is None:
+                formula = self.without[name]
+                continue
+            places.append(index)
             is_scalar = scalar_of(value, device, overload.kinds[index])
             if isinstance(value, torch.Tensor) and not is_scalar:
                 tensors.append(value.dtype)
@@ -101,15 +109,15 @@ class Elementwise:
         if len(walked.sizes) > MAX_DIMS:
             decline(f"its tensors lie in {len(walked.sizes)} dimensions that are no single walk, more than {MAX_DIMS}")
         call = Pointwise(
-            formula=self.for_bool if self.for_bool is not None and compute is torch.bool else self.formula,
+            formula=formula,
             tensors=tuple(tensors),
             scalars=tuple(scalars),
             constant=constant,
             compute=compute,
             out=result.dtype,
-            as_is=tuple(index for index, name in enumerate(overload.names) if name in self.as_is),
+            as_is=tuple(index for index, place in enumerate(places) if overload.names[place] in self.as_is),
         )
-        return _plan(overload, call, result, walked, device, fixed)
+        return _plan(overload, call, result, walked, device, places, fixed)
 
     def _laid_out(self, overload: Overload, result: torch.Tensor, given: tuple[Any, ...]) -> torch.Tensor:
         """With the strides of PyTorch's kernels: some meta kernels are made of several operations, and differ."""
@@ -124,8 +132,9 @@ class Elementwise:
 
 
 def _plan(
-    overload: Overload, call: Pointwise, result: torch.Tensor, walked: Any, device: int, fixed: Mapping[int, float]
-) -> Plan:
+    overload: Overload, call: Pointwise, result: torch.Tensor, walked: Any, device: int, places: Sequence[int],
+    fixed: Mapping[int, float],
+) -> Plan:  # fmt: skip
     build, tail = pointwise_build(call, walked, True)
     block = dict(build.constexprs)["BLOCK"]
     grid = -(-tail[0] // block)
@@ -140,13 +149,14 @@ def _plan(
     operands, numbers, bits = [], [], ["out_at"]
     lines = ["out = allocate(args)", "out_at = out.data_ptr()"]
     for index in range(MAX_ARGUMENTS):
+        place = places[index] if index < len(places) else -1
         if index < len(call.tensors) and call.tensors[index] is not None:
-            lines.append(f"p{index} = args[{index}].data_ptr()")
+            lines.append(f"p{index} = args[{place}].data_ptr()")
             bits.append(f"p{index}")
         if index < MAX_TENSORS:
             operands.append(f"p{index}" if f"p{index}" in bits else "0")
         is_number = index < len(call.scalars) and call.scalars[index]
-        numbers.append(f"convert({fixed.get(index, f'args[{index}]')!s})" if is_number else "0")
+        numbers.append(f"convert({fixed.get(place, f'args[{place}]')!s})" if is_number else "0")
     lines += [
         f"launch_for({' | '.join(bits)})({grid}, out_at, {', '.join((*operands, *numbers, *map(str, tail)))})",
         "return out",

@@ -277,7 +277,7 @@ class Norm(NamedTuple):
 
 def norm_build(norm: Norm, aligned: bool) -> Build:
     """What is compiled; its scalars are the length and eps, and there is a program for each row."""
-    block = min(_TILE * 2, max(16, power_of_two(norm.length)))
+    block = min(_TILE, max(16, power_of_two(norm.length)))
     statistics = memory_pointer(norm.statistics)
     return Build(
         function=_norm_kernel,

@@ -167,10 +167,13 @@ def sigmoid(x):
 
 
 @triton.jit
-def logit(x, eps):
-    if eps is not None:
-        x = tl.where(x < eps, eps, tl.where(x > 1 - eps, 1 - eps, x))
+def log_odds(x):
     return libdevice.log(divide(x, 1 - x))
+
+
+@triton.jit
+def logit(x, eps):
+    return log_odds(tl.where(x < eps, eps, tl.where(x > 1 - eps, 1 - eps, x)))
 
 
 @triton.jit
@@ -246,7 +249,7 @@ def zero(x):
 
 @triton.jit
 def bitwise_not(x):
-    return ~x
+    return _zero(x) - x - 1
 
 
 @triton.jit
@@ -413,10 +416,8 @@ def true_divide(a, b):
 def div(a, b, MODE: tl.constexpr):
     if MODE == "floor":
         return floor_divide(a, b)
-    elif MODE == "trunc":
-        return libdevice.trunc(divide(a + _zero(b), b + _zero(a))) if a.dtype.is_floating() else a // b
     else:
-        return true_divide(a, b)
+        return libdevice.trunc(divide(a + _zero(b), b + _zero(a))) if a.dtype.is_floating() else a // b
 
 
 @triton.jit
@@ -585,16 +586,6 @@ def masked_fill(x, mask, value):
 
 
 @triton.jit
-def clamp(x, low, high):
-    """A NaN stays, of a limit too; where the limits cross, the upper one counts."""
-    if low is not None:
-        x = tl.where((x != x) | (x > low), x, low)
-    if high is not None:
-        x = tl.where((x != x) | (x < high), x, high)
-    return x
-
-
-@triton.jit
 def clamp_min(x, low):
     return tl.where((x != x) | (x > low), x, low)
 
@@ -602,6 +593,12 @@ def clamp_min(x, low):
 @triton.jit
 def clamp_max(x, high):
     return tl.where((x != x) | (x < high), x, high)
+
+
+@triton.jit
+def clamp(x, low, high):
+    """A NaN stays, of a limit too; where the limits cross, the upper one counts."""
+    return clamp_max(clamp_min(x, low), high)
 
 
 @triton.jit
@@ -694,11 +691,12 @@ def softplus_backward(gradient, x, beta, threshold):
 
 @triton.jit
 def logit_backward(gradient, x, eps):
-    inside = divide(gradient, x * (1 - x))
-    if eps is not None:
-        return tl.where((x < eps) | (x > 1 - eps), _zero(x), inside)
-    else:
-        return tl.where((x < 0) | (x > 1), float("nan"), inside)
+    return tl.where((x < eps) | (x > 1 - eps), _zero(x), divide(gradient, x * (1 - x)))
+
+
+@triton.jit
+def log_odds_backward(gradient, x):
+    return tl.where((x < 0) | (x > 1), float("nan"), divide(gradient, x * (1 - x)))
 
 
 @triton.jit

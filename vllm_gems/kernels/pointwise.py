@@ -46,7 +46,7 @@ def _offset(i0, i1, i2, i3, i4, stride0, stride1, stride2, stride3, stride4, DIM
 
 @triton.jit
 def _argument(ptr, at, live, scalar, COMPUTE: tl.constexpr, IS_BOOL: tl.constexpr, AS_IS: tl.constexpr):
-    """What the formula gets: a tile, a number, or None."""
+    """What the formula gets: a tile or a number."""
     if ptr is not None:
         tile = tl.load(ptr + at, mask=live)
         if IS_BOOL:
@@ -55,10 +55,8 @@ def _argument(ptr, at, live, scalar, COMPUTE: tl.constexpr, IS_BOOL: tl.constexp
             return tile
         else:
             return tile.to(COMPUTE)
-    elif scalar is not None:
-        return tl.full((), scalar, COMPUTE)
     else:
-        return None
+        return tl.full((), scalar, COMPUTE)
 
 
 @triton.jit
@@ -131,9 +129,13 @@ def _pointwise_kernel(
             at2 = _offset(i0, i1, i2, i3, i4, c0, c1, c2, c3, c4, DIMS)
 
     v0 = _argument(ptr0, at0, live, scalar0, COMPUTE, BOOLS & 1, AS_IS & 1)
-    v1 = _argument(ptr1, at1, live, scalar1, COMPUTE, BOOLS & 2, AS_IS & 2)
-    v2 = _argument(ptr2, at2, live, scalar2, COMPUTE, BOOLS & 4, AS_IS & 4)
-    v3 = _argument(None, at, live, scalar3, COMPUTE, 0, 0)
+    VALUES: tl.constexpr = COUNT - (CONSTANT is not None)
+    if VALUES > 1:
+        v1 = _argument(ptr1, at1, live, scalar1, COMPUTE, BOOLS & 2, AS_IS & 2)
+    if VALUES > 2:
+        v2 = _argument(ptr2, at2, live, scalar2, COMPUTE, BOOLS & 4, AS_IS & 4)
+    if VALUES > 3:
+        v3 = _argument(None, at, live, scalar3, COMPUTE, 0, 0)
     if CONSTANT is None:
         if COUNT == 1:
             y = FORMULA(v0)

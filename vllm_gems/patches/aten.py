@@ -50,7 +50,7 @@ _ACTIVATIONS = (
     "softshrink",
 )  # fmt: skip
 _GRADIENTS = (
-    "gelu", "hardshrink", "hardsigmoid", "hardswish", "hardtanh", "logit", "mish", "sigmoid", "silu", "softplus",
+    "gelu", "hardshrink", "hardsigmoid", "hardswish", "hardtanh", "mish", "sigmoid", "silu", "softplus",
     "softshrink", "tanh",
 )  # fmt: skip
 _GRADIENT = ("grad_output", "output")
@@ -72,11 +72,12 @@ def _rows(names: Iterable[str], **same: Any) -> Iterator[Elementwise]:
 
 ROWS: tuple[Row, ...] = (
     *_rows(_FLOAT_FUNCTIONS, kind="float", families="f"),
-    *_rows(("logit",), kind="float", families="f"),
+    *_rows(("logit",), kind="float", families="f", without={"eps": formulas.log_odds}),
     *_rows(("abs", "neg", "sign", "ceil", "floor", "trunc", "round", "relu"), families="fi"),
     *_rows(("hardtanh", "threshold"), families="f", only="self"),
     *_rows(_ACTIVATIONS, families="f"),
     *_rows((f"{name}_backward" for name in _GRADIENTS), families="f"),
+    *_rows(("logit_backward",), families="f", without={"eps": formulas.log_odds_backward}),
     *_rows(("leaky_relu_backward", "threshold_backward"), families="f", last_first=True),
     *_rows(_TESTS, kind="bool", families="f"),
     *_rows(("logical_not",), kind="bool"),
@@ -88,7 +89,7 @@ ROWS: tuple[Row, ...] = (
     *_rows(("rsub",), families="fi", last_first=True),
     *_rows(("mul", "maximum", "minimum", "fmax", "fmin")),
     Elementwise("div", formulas.true_divide, kind="float", families="f"),
-    Elementwise("div", formulas.div, kind=_rounded, families="fi"),
+    Elementwise("div", formulas.div, _rounded, "fi", without={"rounding_mode": formulas.true_divide}),
     *_rows(("floor_divide", "remainder", "fmod"), families="fi"),
     *_rows(("pow",), families="f", promotes=("self", "exponent"), contiguous=("Scalar",)),
     *_rows(("atan2", "copysign"), kind="float", families="f"),
@@ -101,7 +102,10 @@ ROWS: tuple[Row, ...] = (
     # More
     *_rows(("where",), as_is=("condition",)),
     *_rows(("masked_fill",), only="self", as_is=("mask",), contiguous=("Scalar", "Tensor")),
-    *_rows(("clamp",), families="fi", promotes=("min", "max")),
+    Elementwise(
+        "clamp", formulas.clamp, families="fi", promotes=("min", "max"),
+        without={"min": formulas.clamp_max, "max": formulas.clamp_min},
+    ),
     *_rows(("clamp_min",), families="fi", promotes=("min",)),
     *_rows(("clamp_max",), families="fi", promotes=("max",)),
     *_rows(("lerp", "addcdiv"), families="f"),
