@@ -6,8 +6,8 @@ Threads take turns on all GPUs there are, each with a stream of its own. Every s
 current, if there is one, so that a kernel must find its device by its tensors. Before each call the thread's stream
 gets, behind a delay, one of two sets of values for the same inputs: a launch on any other stream or too early computes
 with the other set. Results must equal, bit for bit, what a call gave on that GPU for these values while nothing else
-ran; that this is right, tests/test_kernels.py says. Called are all kernels that return what they compute, as functions
-and through torch.ops.vllm_gems.
+ran; that this is right, tests/test_kernels.py says. Called are all kernels that return what they compute, and some of
+PyTorch's operations that stand alone, as functions and through torch.ops.vllm_gems.
 
 Exits with 1 for a wrong value, a result on another device, an op that its reference had to do, or an exception.
 """
@@ -101,6 +101,51 @@ def kernel_ops() -> list[Op]:
         found.append(Op(f"{kernel.name} {dtype}", kernel.op, (first, mixed)))
         found.append(Op(f"torch.ops.vllm_gems.{kernel.name} {dtype}", op, (first, mixed)))
     return found
+
+
+# Arguments of some of PyTorch's operations that stand alone: shapes of tensors, or what they are.
+_STANDALONE: Mapping[str, Mapping[str, Any]] = {
+    "add_tensor": {"self": torch.Size([33, 65]), "other": torch.Size([65])},
+    "mul_tensor": {"self": torch.Size([33, 65]), "other": torch.Size([33, 1])},
+    "gelu": {"self": torch.Size([17, 129])},
+    "sum_dim": {"self": torch.Size([33, 65]), "dim": [1]},
+    "softmax": {"self": torch.Size([33, 65]), "dim": -1},
+    "cumsum": {"self": torch.Size([33, 65]), "dim": 1},
+    "layer_norm": {
+        "input": torch.Size([33, 64]),
+        "normalized_shape": [64],
+        "weight": torch.Size([64]),
+        "bias": torch.Size([64]),
+        "eps": 1e-5,
+    },
+    "embedding": {"weight": torch.Size([9, 65]), "indices": torch.tensor([[1, 8], [0, 3]])},
+    "mm": {"self": torch.Size([33, 48]), "mat2": torch.Size([48, 40])},
+    "addmm": {"self": torch.Size([40]), "mat1": torch.Size([33, 48]), "mat2": torch.Size([48, 40])},
+    "bmm": {"self": torch.Size([3, 17, 48]), "mat2": torch.Size([3, 48, 40])},
+}
+
+
+def standalone_ops() -> list[Op]:
+    """PyTorch's operations by our kernels, as functions of the package and as ops."""
+    import vllm_gems.standalone
+
+    found = []
+    for name, dtype in itertools.product(_STANDALONE, DTYPES):
+        first, second = (
+            {
+                each: torch.randn(value).to(getattr(torch, dtype)) if isinstance(value, torch.Size) else value
+                for each, value in _STANDALONE[name].items()
+            }
+            for _ in range(2)
+        )
+        op, function = getattr(torch.ops.vllm_gems, name), vllm_gems.standalone.function(name)
+        found.append(Op(f"torch.ops.vllm_gems.{name} {dtype}", op, (first, second)))
+        found.append(Op(f"{name} {dtype}", _by_position(function), (first, second)))
+    return found
+
+
+def _by_position(function: Call) -> Call:
+    return lambda **arguments: function(*arguments.values())
 
 
 @contextlib.contextmanager
@@ -223,13 +268,13 @@ def rows_of(found: Sequence[Found], threads: int) -> list[dict[str, Any]]:
 
 
 def on_gpus(threads: int = THREADS, calls: int = CALLS, seconds: float = 120.0) -> tuple[list[Found], list[str]]:
-    """Every kernel's ops on every GPU; what was found, and what is wrong with it in words."""
+    """The ops on every GPU; what was found, and what is wrong with it in words."""
     from vllm_gems import ops
 
     torch.manual_seed(0)
     devices = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
     before = Counter(ops.FALLBACKS)
-    found = Stress(kernel_ops(), devices).run(threads, calls, seconds)
+    found = Stress([*kernel_ops(), *standalone_ops()], devices).run(threads, calls, seconds)
     texts = complaints(found)
     texts += [f"{name}: its reference did {count} calls" for name, count in (ops.FALLBACKS - before).items()]
     done = sum(sum(each.calls.values()) for each in found)

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from test_kernels import DEVICE, KERNELS, results_of, widened
+from test_standalone import CHECKS
 from tolerances import absolute, assert_close
 
 from vllm_gems import ops
@@ -25,9 +26,8 @@ def first_case(kernel: Kernel) -> Case:
 
 @pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel.name)
 def test_opcheck(kernel: Kernel) -> None:
-    checks = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
     op = getattr(torch.ops.vllm_gems, kernel.name).default
-    torch.library.opcheck(op, tuple(arguments(kernel, first_case(kernel)).values()), test_utils=checks)
+    torch.library.opcheck(op, tuple(arguments(kernel, first_case(kernel)).values()), test_utils=CHECKS)
 
 
 @pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel.name)

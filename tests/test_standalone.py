@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -11,6 +13,14 @@ from aten_calls import DEVICE
 import vllm_gems
 from vllm_gems import ops, standalone
 from vllm_gems.catalog import catalog
+
+CHECKS = (
+    "test_schema",
+    "test_autograd_registration",
+    "test_faketensor",
+    "test_aot_dispatch_static",
+    "test_aot_dispatch_dynamic",
+)
 
 
 def randn(*shape: int, positive: bool = False) -> torch.Tensor:
@@ -58,9 +68,9 @@ def first(results: Any) -> torch.Tensor:
 @pytest.mark.parametrize("name", standalone.TABLE)
 def test_opcheck(name: str) -> None:
     """Its schema, registrations and fake, and ahead-of-time compilation with fixed sizes and with others."""
-    op = standalone.function(name)
+    op = getattr(torch.ops.vllm_gems, name).default
     before = ops.CALLS[name]
-    torch.library.opcheck(op.default, arguments(name))
+    torch.library.opcheck(op, arguments(name), test_utils=CHECKS)
     assert ops.CALLS[name] > before
     assert ops.FALLBACKS[name] == 0
 
@@ -88,6 +98,69 @@ def test_fullgraph(name: str) -> None:
     before = ops.CALLS[name]
     torch.testing.assert_close(first(compiled(*args)), first(op(*args)))
     assert ops.CALLS[name] == before + 2
+
+
+@pytest.mark.parametrize("name", ["mul_tensor", "softmax", "mm", "layer_norm"])
+def test_gradients_of_gradients_are_pytorchs(name: str) -> None:
+    """Beside another way to the same inputs, and with an input that was computed from another."""
+    torch.manual_seed(1)
+    op, args = standalone.TABLE[name], arguments(name)
+    wanted = [each for each in args if isinstance(each, torch.Tensor) and each.requires_grad]
+
+    def second(call: Any) -> Any:
+        result = first(call(*(each * 2 if isinstance(each, torch.Tensor) else each for each in args)))
+        loss = (result**2).sum() + sum((each**3).sum() for each in wanted)
+        slopes = torch.autograd.grad(loss, wanted, create_graph=True)
+        return torch.autograd.grad(sum((each**2).sum() for each in slopes), wanted)
+
+    for mine, other in zip(second(standalone.function(name)), second(lambda *args: op()(*args, *op.rest)), strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-4)
+
+
+def test_an_input_computed_from_another_has_its_own_gradient() -> None:
+    for mul in (vllm_gems.mul_tensor, torch.mul):
+        x = torch.full((3,), 2.0, device=DEVICE, requires_grad=True)
+        y = mul(x, x)
+        (slope,) = torch.autograd.grad(mul(x, y).sum(), x, create_graph=True)
+        (curvature,) = torch.autograd.grad(slope.sum(), x)
+        assert slope.tolist() == [12.0] * 3
+        assert curvature.tolist() == [12.0] * 3
+
+
+def test_gradients_of_what_we_decline_are_pytorchs() -> None:
+    before = ops.FALLBACKS["mul_tensor"]
+    x = torch.randn(3, dtype=torch.complex64, device=DEVICE, requires_grad=True)
+    (mine,), (other,) = (torch.autograd.grad(mul(x, x).abs().sum(), x) for mul in (vllm_gems.mul_tensor, torch.mul))
+    torch.testing.assert_close(mine, other)
+    ops.FALLBACKS["mul_tensor"] = before
+
+
+def test_statistics_of_a_norm_have_no_gradient() -> None:
+    results = vllm_gems.layer_norm(*arguments("layer_norm"))
+    assert [each.requires_grad for each in results] == [True, False, False]
+
+
+def test_the_dispatcher_is_left_out_only_where_it_would_do_nothing() -> None:
+    x, y = torch.randn(3, 4, device=DEVICE), torch.randn(3, 4, device=DEVICE)
+    lazy = torch._neg_view(x)
+    assert lazy.is_neg()
+    torch.testing.assert_close(vllm_gems.add_tensor(lazy, y), y - x)
+    weight = torch.ones(4, device=DEVICE)
+    torch.testing.assert_close(vllm_gems.rms_norm(lazy, weight, epsilon=1e-6), -vllm_gems.rms_norm(x, weight, 1e-6))
+    torch.testing.assert_close(torch.vmap(vllm_gems.add_tensor)(x, y), x + y)
+    torch.testing.assert_close(vllm_gems.add_tensor(x, y, alpha=2), x + 2 * y)
+    assert vllm_gems.add_tensor(x.requires_grad_(), y).requires_grad
+    with torch._subclasses.FakeTensorMode() as mode:
+        assert isinstance(
+            vllm_gems.mm(mode.from_tensor(x), torch.ones(4, 2, device=DEVICE)), torch._subclasses.FakeTensor
+        )
+    with torch.inference_mode():
+        assert not vllm_gems.add_tensor(x, y).requires_grad
+
+
+def test_importing_it_defines_every_op() -> None:
+    code = "import torch, vllm_gems.standalone as s; [getattr(torch.ops.vllm_gems, name) for name in s.names()]"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_what_we_decline_is_done_by_pytorch_and_counted() -> None:

@@ -114,3 +114,14 @@ def test_kernels_that_are_called() -> None:
     for name in ("rms_norm bfloat16", "silu_and_mul float32"):
         assert {name, f"torch.ops.vllm_gems.{name}"} <= names
     assert not any(name == "fused_add_rms_norm bfloat16" for name in names)
+
+
+def test_operations_that_are_called() -> None:
+    """Some of PyTorch's that stand alone, by our kernels and not by PyTorch."""
+    from vllm_gems import ops as counted
+
+    before = dict(counted.FALLBACKS)
+    ops = stress.standalone_ops()
+    stress.Stress(ops, ["cuda:0" if torch.cuda.is_available() else "cpu"])
+    assert {"mm float32", "torch.ops.vllm_gems.mm float32"} <= {each.name for each in ops}
+    assert dict(counted.FALLBACKS) == before

@@ -1,7 +1,8 @@
 """Ops that stand alone: PyTorch's operations by our kernels as `torch.ops.vllm_gems.*`, whatever is enabled.
 
-`vllm_gems.mm(a, b)` is `torch.ops.vllm_gems.mm(a, b)`: with autograd, under torch.compile, in a CUDA graph. What a
-kernel does not do, PyTorch's own operation does, counted in `ops.FALLBACKS`.
+`vllm_gems.mm(a, b)` does what `torch.ops.vllm_gems.mm(a, b)` does: with autograd, under torch.compile, in a CUDA graph.
+Where the dispatcher would do nothing on the way it is left out, which saves half of the host's time. What a kernel does
+not do, PyTorch's own operation does, counted in `ops.FALLBACKS`. Importing this file defines all ops.
 """
 
 from __future__ import annotations
@@ -85,19 +86,54 @@ def names() -> tuple[str, ...]:
 def function(name: str) -> Callable[..., Any]:
     """The op called `name`, as a function; raises AttributeError if there is none."""
     if name in TABLE:
-        define(name)
-        return getattr(torch.ops.vllm_gems, name)
+        return _function(name)
     kernel = catalog().kernels.get(name)
     if kernel is None:
         raise AttributeError(f"module 'vllm_gems' has no attribute {name!r}")
     ops.define([kernel])
-    traced, direct = getattr(torch.ops.vllm_gems, name), kernel.op
+    return functools.wraps(kernel.op)(_shortcut(getattr(torch.ops.vllm_gems, name).default, kernel.op, False))
 
-    @functools.wraps(direct)
+
+@functools.cache
+def _function(name: str) -> Callable[..., Any]:
+    define(name)
+    op: Any = getattr(torch.ops.vllm_gems, name).default
+    call = _shortcut(op, _direct(name), True)
+    call.__name__ = call.__qualname__ = name
+    call.__doc__ = f"torch.ops.aten.{TABLE[name].overload} by our kernel: {op._schema}"
+    return call
+
+
+def _shortcut(op: Any, direct: Callable[..., Any], differentiable: bool) -> Callable[..., Any]:
+    """`direct` where the dispatcher would do nothing before it, else `op`."""
+    plain = _plain()
+    keys_of, modes = torch._C._dispatch_keys, torch._C._len_torch_dispatch_stack
+    grad_enabled = torch.is_grad_enabled
+
     def call(*args: Any, **kwargs: Any) -> Any:
-        return (traced if torch.compiler.is_dynamo_compiling() else direct)(*args, **kwargs)
+        # Dynamo does not look further than this.
+        if torch.compiler.is_dynamo_compiling() or modes():
+            return op(*args, **kwargs)
+        for each in (*args, *kwargs.values()) if kwargs else args:
+            if isinstance(each, torch.Tensor) and (
+                keys_of(each).raw_repr() not in plain or (differentiable and each.requires_grad and grad_enabled())
+            ):
+                return op(*args, **kwargs)
+        if kwargs and differentiable:
+            return op(*args, **kwargs)  # which puts arguments in order
+        return direct(*args, **kwargs)
 
     return call
+
+
+@functools.cache
+def _plain() -> frozenset[int]:
+    """The dispatch keys of tensors that are nothing but memory: no subclass, no transform, no lazy sign."""
+    where = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+    normal = [torch.empty(0, device=each) for each in where]
+    with torch.inference_mode():
+        inference = [torch.empty(0, device=each) for each in where]
+    return frozenset(torch._C._dispatch_keys(each).raw_repr() for each in (*normal, *inference))
 
 
 def device() -> torch.device:
@@ -118,7 +154,7 @@ def define(name: str) -> None:
         library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
         for key in ("CUDA", "CPU"):
             if is_replaceable(name_of(overload), key):
-                library.impl(name, _implementation(name, op, overload), key)
+                library.impl(name, _direct(name), key)
         library._register_fake(name, lambda *args, **kwargs: overload(*args, *op.rest, **kwargs))
         if any(str(each.type) == "Tensor" for each in overload._schema.returns) and name not in _WITHOUT_GRADIENT:
             _differentiate(name, op, overload)
@@ -128,7 +164,10 @@ def define(name: str) -> None:
 _WITHOUT_GRADIENT = ("eq_tensor", "lt_tensor", "argmax")
 
 
-def _implementation(name: str, op: Op, overload: Any) -> Callable[..., Any]:
+@functools.cache
+def _direct(name: str) -> Callable[..., Any]:
+    """What an op does once the dispatcher is through."""
+    op, overload = TABLE[name], TABLE[name]()
     call = Overload(overload, next(row for row in aten.ROWS if row.op == _base(op) and row.reads(overload._schema)))
 
     def run(*args: Any, **kwargs: Any) -> Any:
@@ -159,26 +198,26 @@ def _differentiate(name: str, op: Op, overload: Any) -> None:
         ctx.shape = [_take(each, flat) for each in inputs]
         ctx.save_for_backward(*flat)
         ctx.keywords = dict(keyword_only_inputs or {})
+        if not isinstance(output, torch.Tensor):
+            ctx.mark_non_differentiable(*output[1:])  # statistics and places, as PyTorch has it
 
     def backward(ctx: Any, *gradients: Any) -> Any:
-        saved = [each.detach() for each in ctx.saved_tensors]
+        further = torch.is_grad_enabled()  # gradients of gradients will be asked for
+        # Defaults that the caller left out are in `shape` alone, at its end, and no tensors.
+        needed = [need for each, need in zip(ctx.shape, ctx.needs_input_grad, strict=False) if each is _TENSOR]
         with torch.enable_grad():
-            saved = [each.requires_grad_() if each.is_floating_point() else each for each in saved]
-            remaining = iter(saved)
+            # Each with a place of its own in the graph: one may have been computed from another.
+            again = [
+                (each.view_as(each) if further else each.detach().requires_grad_()) if need else each.detach()
+                for each, need in zip(ctx.saved_tensors, needed, strict=True)
+            ]
+            remaining = iter(again)
             inputs = [_put(each, remaining) for each in ctx.shape]
             results = overload(*inputs, *op.rest, **ctx.keywords)
-            results = [results] if isinstance(results, torch.Tensor) else list(results)
-            pairs = [
-                (result, gradient)
-                for result, gradient in zip(results, gradients, strict=True)
-                if gradient is not None and result.requires_grad
-            ]
-            wanted = [each for each in saved if each.requires_grad]
-            found = torch.autograd.grad(
-                [result for result, _ in pairs], wanted, [gradient for _, gradient in pairs], allow_unused=True
-            )
-        by_tensor = iter(found)
-        flat = iter([next(by_tensor) if each.requires_grad else None for each in saved])
+        result = results if isinstance(results, torch.Tensor) else results[0]
+        wanted = [each for each, need in zip(again, needed, strict=True) if need]
+        found = iter(torch.autograd.grad(result, wanted, gradients[0], allow_unused=True, create_graph=further))
+        flat = iter([next(found) if need else None for need in needed])
         given = [_put(each, flat, absent=None) for each in ctx.shape]
         return given[0] if len(given) == 1 else tuple(given)
 
@@ -189,19 +228,18 @@ _TENSOR = object()
 
 
 def _take(value: Any, flat: list[torch.Tensor]) -> Any:
-    """`value` with placeholders for its tensors, which go to `flat`."""
+    """`value`, or a placeholder for a tensor, which goes to `flat`. No op of the table takes a list of tensors."""
     if isinstance(value, torch.Tensor):
         flat.append(value)
         return _TENSOR
-    if isinstance(value, (list, tuple)) and any(isinstance(each, torch.Tensor) for each in value):
-        return [_take(each, flat) for each in value]
     return value
 
 
 def _put(value: Any, flat: Any, **absent: Any) -> Any:
     """The reverse; what is no tensor becomes `absent`, if that is given."""
-    if value is _TENSOR:
-        return next(flat)
-    if isinstance(value, list) and _TENSOR in value:
-        return [_put(each, flat, **absent) for each in value]
-    return absent.get("absent", value)
+    return next(flat) if value is _TENSOR else absent.get("absent", value)
+
+
+ops.define(catalog().kernels.values())
+for _name in TABLE:
+    define(_name)
