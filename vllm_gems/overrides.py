@@ -28,9 +28,9 @@ Names = str | os.PathLike[str] | Iterable[str] | None
 class Overrides:
     """Counts who wants which overload: it is overridden as long as somebody does."""
 
-    def __init__(self, catalog: Catalog, measured: Mapping[str, float]) -> None:
+    def __init__(self, catalog: Catalog, measured: Mapping[str, float] | None = None) -> None:
         self.catalog = catalog
-        self.measured = measured
+        self.measured = measured or {}
         self.patcher = Patcher(catalog, platform=torch_platform)
         self._wanted: Counter[str] = Counter()
         self._past: dict[str, Row] = {}  # what became of those that were disabled

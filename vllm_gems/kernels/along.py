@@ -299,5 +299,5 @@ def norm_build(norm: Norm, aligned: bool) -> Build:
             ("BLOCK", block),
         ),
         aligned=aligned,
-        num_warps=4 if block <= 2048 else 8,
+        num_warps=4 if block <= 1024 else 8,
     )
