@@ -118,6 +118,8 @@ class Maker:
             return [-1] if "List" in kind else -1
         if each.name == "input_dtype":
             return self.dtype
+        if each.name == "out_dtype":
+            return torch.float32
         if each.name == "rounding_mode":
             return "trunc"
         if each.name in ("alpha", "beta", "correction", "scale", "input_scale"):
