@@ -212,18 +212,22 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=3, help="turns of each side")
     parser.add_argument("--record", default="aten", help="the record's name")
     parser.add_argument("--out", type=pathlib.Path, help="its folder")
+    parser.add_argument("--commit", default="", help="for the record, where there is no git")
     args = parser.parse_args()
     if not torch.cuda.is_available():
         print("there is no GPU here", file=sys.stderr)
         return 1
     rows, failed = [], []
-    for name, overload, row in overridden(args.ops):
-        for tokens in TOKENS:
-            try:
-                rows.append(timed(name, overload, row, tokens, args.rounds))
-            except (RuntimeError, ValueError, NotImplementedError) as error:
-                failed.append(f"{name}, {tokens} tokens: {error}")
-    path = measure.record(args.record, rows, folder=args.out, failed=failed)
+    try:
+        for name, overload, row in overridden(args.ops):
+            for tokens in TOKENS:
+                try:
+                    rows.append(timed(name, overload, row, tokens, args.rounds))
+                except (RuntimeError, ValueError, NotImplementedError) as error:
+                    failed.append(f"{name}, {tokens} tokens: {error}")
+    except KeyboardInterrupt:  # what was measured is not lost
+        failed.append("interrupted: the overloads after the last row were not measured")
+    path = measure.record(args.record, rows, folder=args.out, commit=args.commit, failed=failed)
     ratios: dict[str, float] = {}
     for each in rows:
         ratio = each["ours"] / each["against"]["aten"]

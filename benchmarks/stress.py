@@ -290,6 +290,7 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=120.0, help="at most (%(default)s)")
     parser.add_argument("--record", action="store_true", help="write benchmarks/results/<gpu>/stress.json")
     parser.add_argument("--record-to", metavar="DIR", type=Path, help="write it to DIR instead")
+    parser.add_argument("--commit", default="", help="for the record, where there is no git")
     args = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("there is no GPU here")
@@ -300,7 +301,7 @@ def main() -> int:
     if args.record or args.record_to:
         from benchmarks import measure
 
-        print(f"recorded {measure.record('stress', rows, folder=args.record_to, complaints=texts)}")
+        print(f"recorded {measure.record('stress', rows, folder=args.record_to, commit=args.commit, complaints=texts)}")
     for text in texts:
         print(f"FAILED: {text}")
     return int(bool(texts))
