@@ -51,14 +51,16 @@ class Maker:
 
     def __init__(self, tokens: int, hidden: int, dtype: torch.dtype, device: str) -> None:
         self.tokens, self.hidden, self.dtype, self.device = tokens, hidden, dtype, device
+        # PyTorch's own is of no use any more after a CUDA graph that could not be captured.
+        self.random = torch.Generator(device).manual_seed(0)
 
     def values(self, *shape: int) -> torch.Tensor:
         if self.dtype.is_floating_point:
-            return torch.rand(shape, device=self.device).add_(0.25).to(self.dtype)
-        return torch.randint(1, 5, shape, device=self.device).to(self.dtype)
+            return torch.rand(shape, device=self.device, generator=self.random).add_(0.25).to(self.dtype)
+        return torch.randint(1, 5, shape, device=self.device, generator=self.random).to(self.dtype)
 
     def index(self, *shape: int, below: int) -> torch.Tensor:
-        return torch.rand(shape, device=self.device).mul_(below).long().clamp_(max=below - 1)
+        return torch.rand(shape, device=self.device, generator=self.random).mul_(below).long().clamp_(max=below - 1)
 
     def of_op(self, op: str) -> dict[str, Any]:
         """Arguments that are no activations, by name."""
@@ -110,8 +112,8 @@ class Maker:
     def of_type(self, kind: str, each: Any) -> Any:
         """An argument by its type and name."""
         if "Tensor" in kind:
-            if each.name == "value":
-                return self.values()
+            if each.name == "value":  # on the host: PyTorch waits for the GPU to read one
+                return self.values().cpu()
             found = self.values(self.tokens, self.hidden)
             return found > found.float().mean() if each.name in ("condition", "mask") else found
         if each.name in ("dim",):

@@ -247,6 +247,24 @@ def test_threads_share_one_compilation(standin: Standin) -> None:
 
 
 @triton.jit
+def strided_copy_kernel(x_ptr, y_ptr, numel, stride, scale, BLOCK: tl.constexpr):
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(y_ptr + at, tl.load(x_ptr + at * stride, mask=at < numel) * scale, mask=at < numel)
+
+
+def test_numbers_in_the_machine_code_are_not_passed(standin: Standin) -> None:
+    """As Triton does it with a stride of 1; and with any number, if the build says so."""
+    types = ("*fp32", "*fp32", *launch.integers((4096, 1), "i32"), "fp32")
+    assert types[2:4] == ("i32/16", "=1")
+    build = Build(strided_copy_kernel, types, (("BLOCK", 32),))
+    args = [torch.zeros(4096), torch.zeros(4096), 4096, 1, 0.5]
+    expected = by_triton(build, 3, args)
+    assert by(launcher(build, 0), 3, args) == expected
+    args[3] = 12345
+    assert by(launcher(build, 0), 3, args) == expected
+
+
+@triton.jit
 def needs_scratch_kernel(x_ptr, BLOCK: tl.constexpr):
     """Writes a descriptor into memory that whoever launches must provide."""
     x = tl.make_tensor_descriptor(x_ptr, shape=[BLOCK, BLOCK], strides=[BLOCK, 1], block_shape=[BLOCK, BLOCK])

@@ -10,11 +10,11 @@ current device. Those, an unknown Triton release, the interpreter and backends w
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import torch
 import triton
@@ -90,7 +90,8 @@ class Build:
     """Everything that decides a kernel's machine code.
 
     types: per runtime parameter, in order: "*bf16", "i32", "fp32"; "i32/16" for an integer that is a multiple of 16 in
-    an aligned build (a stride); None for a pointer that this build leaves out.
+    an aligned build (a stride); "=1" for one that is in the machine code, whatever a call says; None for a pointer that
+    this build leaves out.
     constexprs: the parameters after them, by name.
     aligned: every pointer is a multiple of 16 bytes and every "/16" integer a multiple of 16 elements.
     """
@@ -117,6 +118,9 @@ class Build:
             if kind is None:
                 signature[name], constants[(index,)] = "constexpr", None
                 continue
+            if kind.startswith("="):
+                signature[name], constants[(index,)] = "constexpr", int(kind[1:])
+                continue
             base, _, multiple = kind.partition("/")
             signature[name] = base
             if self.aligned and (multiple or base.startswith("*")):
@@ -136,6 +140,20 @@ class Build:
         if self.maxnreg is not None and torch.version.hip is None:  # AMD's backend does not know it
             options["maxnreg"] = self.maxnreg
         return options
+
+
+def is_passed(kind: str | None) -> TypeGuard[str]:
+    """Whether a parameter of this type gets to the kernel in a call, and is not in its machine code."""
+    return kind is not None and not kind.startswith("=")
+
+
+def integers(values: Iterable[int], kind: str) -> list[str]:
+    """The types of integer parameters that are known when a build is made and the same in all its calls.
+
+    Unless the compiler knows that a stride is 1, elements are loaded one by one; unless it knows that a size is a
+    multiple of what a thread loads at once, it guards each of them.
+    """
+    return [f"={value}" if value in (0, 1) else kind if value % 16 else f"{kind}/16" for value in values]
 
 
 def compile_for(build: Build, target: Any) -> Any:
@@ -216,9 +234,9 @@ def direct_refuses() -> str | None:
 
 def _direct(build: Build, device: int) -> Launch:
     kernel = compile_for(build, triton.runtime.driver.active.get_current_target())
-    # The constexprs are in the machine code. Out of the launcher's signature, they cost no call a placeholder each,
-    # and builds that differ in them alone share one C launcher.
-    runtime = dict(list(kernel.src.signature.items())[: len(build.types)])
+    # What is in the machine code costs no call a placeholder each, out of the launcher's signature, and builds that
+    # differ in it alone share one C launcher.
+    runtime = {name: kind for name, kind in kernel.src.signature.items() if kind != "constexpr"}
     kernel.src = SimpleNamespace(fn=kernel.src.fn, signature=runtime, constants={})
     runner = kernel.run  # loads the binary on the current device; raises OutOfResources
     subscript = _by_subscript(build)
@@ -242,7 +260,8 @@ def _direct(build: Build, device: int) -> Launch:
     # wrapper around the C launcher costs.
     own = [f"a{index}" for index in range(len(build.types))]
     settled = [f"h{index}" for index in range(len(head))]
-    passed = f"({', '.join(own)},)" if packed else ", ".join(own)
+    passed = ", ".join(name for name, kind in zip(own, build.types, strict=True) if is_passed(kind))
+    passed = f"({passed},)" if packed else passed
     source = (
         f"def launch(grid, {', '.join(own)}):\n"
         f"    if current_device() != device or enter.calls or leave.calls or tapes:\n"

@@ -182,7 +182,7 @@ def _cells_of(entry: _Entry, driver: _Driver) -> list[Any] | None:
         return None
     found, sizes = [], []
     for kind, arg in zip(entry.native.types, entry.args, strict=True):
-        if kind is None:
+        if not launching.is_passed(kind):
             continue
         base = kind.partition("/")[0]
         sizes.append(8 if base[0] == "*" else _SIZES[base])

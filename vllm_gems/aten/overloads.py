@@ -111,9 +111,7 @@ class Overload:
         self._all = [each.name for each in (*inputs, *outs)]
         self._positional = [each.name for each in inputs if not each.kwarg_only]
         self._defaults = tuple(each.default_value for each in (*inputs, *outs))
-        self._by_value = [
-            kind not in _TENSORS and kind not in _NUMBERS for kind in (*self.kinds, *(str(each.type) for each in outs))
-        ]
+        self._key = _key_of([*self.kinds, *(str(each.type) for each in outs)])
         self._plans: dict[Any, Plan | str] = {}  # or why there is none
         self._lock = threading.Lock()
 
@@ -134,17 +132,6 @@ class Overload:
         if isinstance(plan, str):
             raise Refused(plan)
         return plan(args)
-
-    def _key(self, args: tuple[Any, ...]) -> Any:
-        key: list[Any] = []
-        for by_value, arg in zip(self._by_value, args, strict=True):
-            if isinstance(arg, torch.Tensor):
-                key += (arg.dtype, arg.shape, arg.stride(), arg.get_device())
-            elif by_value:
-                key.append(tuple(map(_look, arg)) if isinstance(arg, (list, tuple)) else arg)
-            else:
-                key.append(type(arg))
-        return tuple(key)
 
     def _make(self, key: Any, args: tuple[Any, ...]) -> Plan | str:
         try:
@@ -231,6 +218,23 @@ class Overload:
             return out
 
         return given
+
+
+def _key_of(kinds: list[str]) -> Callable[[tuple[Any, ...]], Any]:
+    """arguments of these kinds -> what a plan for them depends on; written out, since every call asks for it."""
+    names = [f"a{index}" for index in range(len(kinds))]
+    parts = []
+    for name, kind in zip(names, kinds, strict=True):
+        otherwise = f"type({name})"
+        if kind not in _TENSORS and kind not in _NUMBERS:
+            otherwise = f"tuple(map(look, {name})) if isinstance({name}, (list, tuple)) else {name}"
+        look = f"({name}.dtype, {name}.shape, {name}.stride(), {name}.get_device())"
+        parts.append(f"{look} if isinstance({name}, Tensor) else {otherwise}")
+    source = f"def key(args):\n    {', '.join(names)}, = args\n    return {', '.join(parts)},"
+    found: dict[str, Any] = {"look": _look, "Tensor": torch.Tensor}
+    exec(source, found)
+    key: Callable[[tuple[Any, ...]], Any] = found["key"]
+    return key
 
 
 def _look(value: Any) -> Any:

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from triton.language.extra import libdevice
 
-from ..launch import Build
+from ..launch import Build, integers
 from .common import power_of_two
 from .formulas import divide
 from .pointwise import COMPUTE, Walk, memory_pointer
@@ -203,10 +203,11 @@ def _scan_kernel(
         x = tl.load(x_row[:, None] + col[None, :] * x_step, mask=live, other=1 if PRODUCT else 0).to(COMPUTE)
         if PRODUCT:
             y = tl.associative_scan(x, 1, _multiply) * carry[:, None]
-            carry *= tl.reduce(x, 1, _multiply)
         else:
             y = tl.cumsum(x, axis=1) + carry[:, None]
-            carry += tl.sum(x, axis=1)
+        # What is last, and not the carry with what is here: Triton 3.6 takes that for a sum alone, and fails.
+        last = (tl.arange(0, BLOCK_N) == BLOCK_N - 1)[None, :]
+        carry = tl.sum(tl.where(last, y, tl.zeros_like(y)), axis=1).to(COMPUTE)
         tl.store(out_row[:, None] + col[None, :] * out_step, y.to(out_ptr.dtype.element_ty), mask=live)
 
 
@@ -247,7 +248,7 @@ def along_build(
     tail += rows.steps
     build = Build(
         function=function,
-        types=(*map(memory_pointer, dtypes), *("i32",) * len(tail)),
+        types=(*map(memory_pointer, dtypes), *integers(tail, "i32")),
         constexprs=(
             (name, value),
             ("COMPUTE", COMPUTE[compute]),
@@ -288,7 +289,7 @@ def norm_build(norm: Norm, aligned: bool) -> Build:
             memory_pointer(norm.x),
             statistics,
             statistics,
-            "i32",
+            *integers([norm.length], "i32"),
             "fp64" if norm.compute is torch.float64 else "fp32",
         ),
         constexprs=(

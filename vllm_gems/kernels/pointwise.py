@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..launch import Build, pointer
+from ..launch import Build, integers, pointer
 from .common import power_of_two
 
 MAX_ARGUMENTS = 4
@@ -230,17 +230,12 @@ def pointwise_build(call: Pointwise, walked: Walk, aligned: bool) -> tuple[Build
     types: list[str | None] = [memory_pointer(call.out)]
     types += [None if each is None else memory_pointer(each) for each in padded[:MAX_TENSORS]]
     types += [number if each else None for each in scalars]
-    types += [whole]
-    tail = [numel]
-    types += [whole if 0 < dim < dims else None for dim in range(1, MAX_DIMS)]
-    tail += [walked.sizes[dim] if dim < dims else 0 for dim in range(1, MAX_DIMS)]
+    tail = [numel, *(walked.sizes[dim] if dim < dims else 0 for dim in range(1, MAX_DIMS))]
     present = iter(walked.strides[1:])
     every = [walked.strides[0], *(next(present) if each is not None else None for each in padded[:MAX_TENSORS])]
     for strides in every:
-        for dim in range(MAX_DIMS):
-            is_there = strides is not None and dim < dims
-            types.append(whole if is_there else None)
-            tail.append(strides[dim] if strides is not None and dim < dims else 0)
+        tail += [0 if strides is None or dim >= dims else strides[dim] for dim in range(MAX_DIMS)]
+    types += integers(tail, whole)
     bools = sum(1 << index for index, each in enumerate(padded) if each is torch.bool)
     build = Build(
         function=_pointwise_kernel,

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from triton.language.extra import libdevice
 
-from ..launch import Build
+from ..launch import Build, integers
 from .common import power_of_two
 from .formulas import divide
 from .pointwise import Walk, memory_pointer
@@ -233,7 +233,7 @@ def reduce_build(call: Reduction, kept: Walk, reduced: Walk, aligned: bool) -> t
             tail += [*strides, *(0,) * (MAX_DIMS - len(strides))]
         dims.append(max(1, len(walked.sizes)))
         sizes.append(padded)
-    types: tuple[str | None, ...] = ("i32",) * len(tail)
+    types = integers(tail, "i32")
     shape = (("KEPT_DIMS", dims[0]), ("REDUCED_DIMS", dims[1]), ("BLOCK_M", block_m), ("BLOCK_N", block_n))
     value = None if call.out is None else memory_pointer(call.out)
     if is_arg:
