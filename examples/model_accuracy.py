@@ -217,6 +217,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--tiny", action="store_true", help="small random models")
     parser.add_argument("--record", action="store_true", help="write model_accuracy.json")
     parser.add_argument("--record-to", metavar="DIR", type=Path, help="write it to DIR instead")
+    parser.add_argument("--commit", default="", help="for the record, where there is no git")
     args = parser.parse_args(arguments)
     if unknown := {*args.model} - {*hf_models.SUBJECTS} | {*args.dtype} - {*DTYPES}:
         parser.error(f"not known: {', '.join(sorted(unknown))}")
@@ -254,6 +255,7 @@ def main(arguments: Sequence[str]) -> int:
             "model_accuracy",
             [row.record() for row in rows],
             folder=args.record_to,
+            commit=args.commit,
             command=" ".join(["python", "examples/model_accuracy.py", *arguments]),
             weights=args.path.name if args.path else f"random, {'tiny' if args.tiny else 'public shapes'}",
             reference=args.reference,
