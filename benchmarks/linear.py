@@ -22,10 +22,12 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
 from benchmarks import measure
 from vllm_gems.kernels.linear import PROJECTIONS, ROWS, Shape, key_of, tiling_for
-from vllm_gems.tuning.linear import CLASSES, DTYPE, TOLERANCE, call_of, inputs_of, relative_error, weights
+from vllm_gems.tuning.linear import CLASSES, call_of, inputs_of, wanted, weights
 from vllm_gems.tuning.timing import gpu_us
+from vllm_gems.tuning.trials import TOLERANCE
 
 DEVICE = 0
+DTYPE = torch.bfloat16
 
 
 def stock(shape: Shape) -> Callable[..., torch.Tensor]:
@@ -53,11 +55,13 @@ def stock(shape: Shape) -> Callable[..., torch.Tensor]:
 
 def compare(model: str, name: str, shape: Shape) -> Iterator[dict[str, Any]]:
     """Rows of the record, for one layer."""
-    sets = weights(shape, "cuda")
-    sides = {"ours": call_of(shape, None, DEVICE), "cublas": stock(shape)}
+    sets = weights(shape, "cuda", DTYPE)
+    sides = {"ours": call_of(shape, None, DEVICE, DTYPE), "cublas": stock(shape)}
     for rows in ROWS:
         for side, call in sides.items():
-            error = relative_error(shape, call, inputs_of(shape, rows, sets[0]))
+            first = inputs_of(shape, rows, sets[0])
+            want = wanted(shape, first)
+            error = float((call(**first).float() - want).norm() / want.norm())
             if error > TOLERANCE * (1 if side == "ours" else 3):
                 raise ValueError(f"{model} {name}, {rows} rows: {side} is off by {error:.1e}")
         inputs = [inputs_of(shape, rows, weight) for weight in sets]
@@ -91,7 +95,7 @@ def main() -> None:
         ratio = row["ours"] / row["against"]["cublas"]
         print(f"{' '.join(map(str, row['case'].values())):44} {row['ours']:8.2f} {row['against']['cublas']:8.2f} "
               f"{row['unit']:15} ratio {ratio:.3f} {row.get('tb_per_s', '')}")  # fmt: skip
-    tilings = {key_of(layer, rows): tiling_for(layer, rows, DTYPE, DEVICE)._asdict()
+    tilings = {key_of(layer, rows, DTYPE): tiling_for(layer, rows, DTYPE, DEVICE)._asdict()
                for _, _, layer in layers for rows in CLASSES}  # fmt: skip
     measure.record("linear", rows, folder=args.out, commit=args.commit, tilings=tilings)
 

@@ -22,6 +22,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 import vllm_gems
 from benchmarks import measure
 from vllm_gems.aten.overloads import Overload
+from vllm_gems.aten.products import matrices
 from vllm_gems.kernels.matmul import tiling_for
 from vllm_gems.patches import aten
 from vllm_gems.tuning.timing import gpu_us
@@ -103,7 +104,8 @@ def compare(shape: Shape) -> Iterator[dict[str, Any]]:
         rounds=3, burst=20, before=before, pause=torch.cuda.synchronize,
     )  # fmt: skip
     vllm_gems.disable()
-    tiling = tiling_for(max(shape.batch, 1), shape.rows, shape.cols, shape.inner, shape.dtype.itemsize)
+    *input, a, b = args
+    tiling = tiling_for(matrices(a, b, planned(args, {}), *input), True, a.get_device())
     case = {"op": name, **shape._asdict(), "dtype": str(shape.dtype).removeprefix("torch.")}
     for unit, times in (("us", gpu), ("us of host time", host)):
         yield {

@@ -60,23 +60,26 @@ def test_every_number_of_rows_has_a_tile() -> None:
 def test_measured_tilings_come_before_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
     shape = Shape(3584, 18944, False, True)
     measured = Tiling(64, 128, 1, True, 4, 3)
-    monkeypatch.setattr(tuned, "lookup", lambda *key: measured._asdict() if key[2] == "3584x18944 gated 16" else None)
+    found = {"bfloat16 3584x18944 gated 16": measured._asdict()}
+    monkeypatch.setattr(tuned, "lookup", lambda kernel, device, key, source: found.get(key))
     assert tiling_for(shape, 16, torch.bfloat16, 0) == measured
     assert tiling_for(shape, 32, torch.bfloat16, 0) == default_tiling(shape, 32, 2)
     assert tiling_for(shape, 16, torch.float32, 0) == default_tiling(shape, 16, 4)
 
 
 def test_a_layer_that_was_not_measured_takes_what_was_best_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = {"any 32": Tiling(32, 128, 1, False, 4, 6), "any gated 32": Tiling(64, 64, 1, True, 4, 3)}
+    found = {"float16 any 32": Tiling(32, 128, 1, False, 4, 6), "float16 any gated 32": Tiling(64, 64, 1, True, 4, 3)}
     monkeypatch.setattr(tuned, "lookup", lambda kernel, device, key, source: key in found and found[key]._asdict())
-    assert tiling_for(Shape(4096, 6144, False, False), 32, torch.float16, 0) == found["any 32"]
-    assert tiling_for(Shape(4096, 14336, False, True), 32, torch.float16, 0) == found["any gated 32"]
+    assert tiling_for(Shape(4096, 6144, False, False), 32, torch.float16, 0) == found["float16 any 32"]
+    assert tiling_for(Shape(4096, 14336, False, True), 32, torch.float16, 0) == found["float16 any gated 32"]
     # With few columns, programs share the sum of a tile.
-    assert tiling_for(Shape(4096, 1024, False, False), 32, torch.float16, 0) == found["any 32"]._replace(split=4)
+    shared = found["float16 any 32"]._replace(split=4)
+    assert tiling_for(Shape(4096, 1024, False, False), 32, torch.float16, 0) == shared
 
 
 def test_shipped_tilings_are_tilings() -> None:
     for path in (Path(vllm_gems.__file__).parent / "tuned").glob("*/linear.json"):
         for key, fields in json.loads(path.read_text())["configurations"].items():
-            assert key.rpartition(" ")[2] in ("16", "32", "64")
+            assert key.split()[0] in ("bfloat16", "float16")
+            assert key.split()[-1] in ("16", "32", "64")
             Tiling(**fields)

@@ -19,7 +19,7 @@ from vllm_gems.aten.overloads import Overload
 from vllm_gems.aten.products import Product
 from vllm_gems.errors import Refused
 from vllm_gems.kernels import matmul
-from vllm_gems.kernels.matmul import Matrices, Tiling, matmul_build, tiling_for
+from vllm_gems.kernels.matmul import Matrices, Tiling, default_tiling, matmul_build
 from vllm_gems.patches import aten
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -302,13 +302,13 @@ def test_tiles_leave_work_for_all_and_fit_into_shared_memory() -> None:
         for batch in (1, 32):
             for itemsize in (2, 4):
                 for wide in (True, False):
-                    tiling = tiling_for(batch, rows, cols, inner, itemsize, wide)
+                    tiling = default_tiling(batch, rows, cols, inner, itemsize, wide)
                     programs = batch * -(-rows // tiling.rows) * -(-cols // tiling.cols)
                     assert programs >= 128 or tiling.rows + tiling.cols <= 48
                     stage = (tiling.rows + tiling.cols) * tiling.depth * itemsize
                     assert tiling.num_stages * stage <= 160 * 1024
                     assert all(size >= 16 and size & (size - 1) == 0 for size in tiling[:3])
-    assert tiling_for(1, 8192, 8192, 8192, 2) == Tiling(128, 256, 64, 8, 3)
+    assert default_tiling(1, 8192, 8192, 8192, 2) == Tiling(128, 256, 64, 8, 3)
 
 
 def test_a_result_in_float32_of_operands_in_bfloat16() -> None:

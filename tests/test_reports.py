@@ -86,12 +86,13 @@ def test_measured_configurations_are_told() -> None:
         "found": 18,
         "borrowed": {"triton 3.6.0": 12},
         "missing": ["4096x6144 16"],
-        "stale": {"measured with triton 3.5.0": 4},
+        "stale": {"measured with triton 3.5.0": [f"{rows}x1 16" for rows in range(10)]},
     }
     found = dataclasses.replace(report(), tuned={"linear": state})
     assert found.text().splitlines()[-1] == (
         "linear: 18 measured configurations; 12 of them shipped, measured with triton 3.6.0; none for 4096x6144 16, "
-        "which take what was best for others, or the default; 4 not used: measured with triton 3.5.0"
+        "which take what was best for others, or the default; 10 not used, measured with triton 3.5.0: 0x1 16, 1x1 16, "
+        "2x1 16, 3x1 16, 4x1 16, 5x1 16, 6x1 16, 7x1 16 and 2 more"
     )
     assert Report.from_json(json.loads(json.dumps(found.to_json()))) == found
     other = dataclasses.replace(report(pid=2), tuned={"linear": {**state, "missing": ["1x1 16"]}})

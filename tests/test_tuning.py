@@ -9,9 +9,12 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
+import made_up
 import pytest
+import torch
+from made_up import Toy
 from test_rules import ROOT, loaded_by
 
 from tools import ship_tuned
@@ -21,7 +24,18 @@ from vllm_gems.tuning import run
 from vllm_gems.tuning import search as searching
 from vllm_gems.tuning.linear import LINEAR
 from vllm_gems.tuning.models import PRESETS, linears
-from vllm_gems.tuning.search import Job, Tunable, best_of_all, compiled, generalise, keep, pending, search, trial
+from vllm_gems.tuning.search import (
+    Job,
+    Scope,
+    Tunable,
+    best_of_all,
+    compiled,
+    generalise,
+    keep,
+    pending,
+    search,
+    trial,
+)
 
 QWEN2 = {
     "model_type": "qwen2", "hidden_size": 3584, "intermediate_size": 18944, "num_attention_heads": 28,
@@ -72,7 +86,7 @@ DEEPSEEK = {
                        (2048, 5472, False, True), (5472, 2048, False, False), (2048, 1408, False, True),
                        (1408, 2048, False, False)}),
         (PRESETS["deepseek"][1], 8, {(7168, 2112, False, False), (1536, 3072, False, False),
-                                     (2048, 7168, False, False), (7168, 2304, False, True),
+                                     (2048, 7168, False, False), (7168, 256, False, False), (7168, 2304, False, True),
                                      (2304, 7168, False, False), (7168, 256, False, True), (256, 7168, False, False)}),
     ],
 )  # fmt: skip
@@ -80,11 +94,15 @@ def test_layers_are_those_that_vllm_makes_of_a_configuration(config: Any, tp: in
     assert set(linears(config, tp)) == {Shape(*each) for each in expected}
 
 
+def scope(config: Any, tp: int = 1, max_tokens: int = 16384, max_reqs: int = 1024, dtype: str = "bfloat16") -> Scope:
+    return Scope(config, tp, max_tokens, max_reqs, dtype)
+
+
 def test_what_is_no_decoder_or_does_not_divide_is_refused() -> None:
     with pytest.raises(ValueError, match="has no 'intermediate_size'"):
-        linears({"hidden_size": 64, "num_attention_heads": 4})
+        linears({"hidden_size": 64, "num_attention_heads": 4}, 1)
     with pytest.raises(ValueError, match="has no 'qk_nope_head_dim'"):
-        linears({key: value for key, value in DEEPSEEK.items() if key != "qk_nope_head_dim"})
+        linears({key: value for key, value in DEEPSEEK.items() if key != "qk_nope_head_dim"}, 1)
     with pytest.raises(ValueError, match="--tp 3 does not divide num_attention_heads = 28"):
         linears(QWEN2, 3)
     with pytest.raises(ValueError, match="--tp 14 does not divide num_key_value_heads = 4"):
@@ -92,18 +110,14 @@ def test_what_is_no_decoder_or_does_not_divide_is_refused() -> None:
 
 
 def test_jobs_of_few_requests_are_fewer() -> None:
-    assert {job.about.rows for job in LINEAR.jobs(QWEN2, 1, 16384, 1024)} == {16, 32, 64}
-    assert {job.about.rows for job in LINEAR.jobs(QWEN2, 1, 16384, 40)} == {16, 32}
-    assert {job.about.rows for job in LINEAR.jobs(QWEN2, 1, 8, 1024)} == {16}
-    job = next(iter(LINEAR.jobs(QWEN2, 1, 16384, 1024)))
+    assert {job.about.rows for job in LINEAR.jobs(scope(QWEN2))} == {16, 32, 64}
+    assert {job.about.rows for job in LINEAR.jobs(scope(QWEN2, max_reqs=40))} == {16, 32}
+    assert {job.about.rows for job in LINEAR.jobs(scope(QWEN2, max_tokens=8))} == {16}
+    job = next(iter(LINEAR.jobs(scope(QWEN2))))
     shape = Shape(3584, 4608, True, False)
-    assert (job.key, job.about.shape) == (key_of(shape, 16), shape)
+    assert (job.key, job.about.shape) == (key_of(shape, 16, torch.bfloat16), shape)
     assert LINEAR.candidates(job)[0] == default_tiling(shape, 16, 2)
     assert len(set(LINEAR.candidates(job))) == len(LINEAR.candidates(job)) > 10
-
-
-class Toy(NamedTuple):
-    size: int
 
 
 def toy(
@@ -113,9 +127,8 @@ def toy(
     return Tunable(
         ops=("toy",),
         kernel="toy",
-        dtype="float32",
         source=lambda: "the source",
-        jobs=lambda config, tp, max_tokens, max_reqs: [],
+        jobs=lambda scope: [],
         candidates=lambda job: [Toy(size) for size in (1, 2, 3, 4)],
         compile=lambda job, candidate, arch: None,
         prepare=lambda job, device: None,
@@ -124,6 +137,10 @@ def toy(
         us=lambda job, candidate, context: us(candidate),
         general=lambda times: {"any": best_of_all(times.values())},
     )
+
+
+def toy_job(key: str) -> Job:
+    return Job(key, 0, "toy")
 
 
 ALL = [Toy(size) for size in (1, 2, 3, 4)]
@@ -139,82 +156,21 @@ def test_a_wrong_candidate_is_never_chosen_and_one_that_raises_does_not_end_the_
             raise MemoryError("too large")
         return float(candidate.size)
 
-    outcome = searched(toy(us, lambda candidate: {1: 1.0, 4: float("nan")}.get(candidate.size, 0.0)), Job("a", 0))
+    outcome = searched(toy(us, lambda candidate: {1: 1.0, 4: float("nan")}.get(candidate.size, 0.0)), toy_job("a"))
     assert (outcome.best, outcome.us, outcome.times) == (Toy(3), 3.0, {Toy(3): 3.0})
     assert outcome.lost == {Toy(1): "off by 1.0e+00", Toy(2): "MemoryError: too large", Toy(4): "off by nan"}
     with pytest.raises(searching.NothingFoundError, match="no configuration gives the right result: off by 1"):
-        searched(toy(error=lambda candidate: 1.0), Job("a", 0))
+        searched(toy(error=lambda candidate: 1.0), toy_job("a"))
     with pytest.raises(searching.NothingFoundError, match="none compiles"):
-        searched(toy(), Job("a", 0), [])
-
-
-# A kernel that is made up, whose functions go to other processes.
-MADE_UP = [Toy(size) for size in (1, 2, 3, 4, 5, 6, 7)]
-
-
-def made_up_jobs(config: Any, tp: int, max_tokens: int, max_reqs: int) -> list[Job]:
-    return [Job(f"job {number}", number) for number in range(config["jobs"])] + [Job("none right", -1)]
-
-
-def made_up_candidates(job: Job) -> list[Toy]:
-    return MADE_UP
-
-
-def made_up_compile(job: Job, candidate: Toy, arch: int) -> None:
-    if candidate.size == 2:
-        raise ValueError(f"not for {arch}")
-    if candidate.size == 3 and job.about == 0:
-        os._exit(1)
-
-
-def made_up_prepare(job: Job, device: str) -> str:
-    return f"context of {job.key}"
-
-
-def made_up_error(job: Job, candidate: Toy, context: str) -> float:
-    assert context == f"context of {job.key}"
-    if candidate.size == 5 and job.about == 0:
-        os._exit(1)
-    return 1.0 if candidate.size in (4, 7) or job.about < 0 else 0.0
-
-
-def made_up_us(job: Job, candidate: Toy, context: str) -> float:
-    time.sleep(float(os.environ.get("SECONDS_OF_A_TRIAL", "0")))
-    if candidate.size == 6:
-        raise MemoryError("too large")
-    return 10.0 - candidate.size
-
-
-def made_up_general(times: Any) -> dict[str, Any]:
-    return {"any": best_of_all(times.values())} if times else {}
-
-
-def made_up_source() -> str:
-    return "the source"
-
-
-MADE_UP_KERNEL = Tunable(
-    ops=("made_up",),
-    kernel="made_up",
-    dtype="float32",
-    source=made_up_source,
-    jobs=made_up_jobs,
-    candidates=made_up_candidates,
-    compile=made_up_compile,
-    prepare=made_up_prepare,
-    error=made_up_error,
-    tolerance=1e-3,
-    us=made_up_us,
-    general=made_up_general,
-)
+        searched(toy(), toy_job("a"), [])
 
 
 def test_a_compiler_that_crashes_costs_one_candidate() -> None:
-    work = [(Job("a", number), candidate) for number in (0, 1) for candidate in MADE_UP]
+    work = [(Job("a", number, "made_up"), candidate) for number in (0, 1) for candidate in made_up.CANDIDATES]
     done: list[int] = []
-    found = compiled(MADE_UP_KERNEL, work, 90, lambda: done.append(1))
+    found = compiled(made_up.KERNEL, work, 90, lambda: done.append(1))
     right = {0: (1, 4, 5, 6, 7), 1: (1, 3, 4, 5, 6, 7)}
-    assert found == [(Job("a", number), Toy(size)) for number, sizes in right.items() for size in sizes]
+    assert found == [(Job("a", number, "made_up"), Toy(size)) for number, sizes in right.items() for size in sizes]
     assert len(done) == 14
 
 
@@ -228,7 +184,7 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_what_is_done_is_not_done_again_unless_the_source_or_a_version_changed(
     store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    jobs = [Job("a 16", 0), Job("b 16", 0)]
+    jobs = [toy_job("a 16"), toy_job("b 16")]
     assert pending(toy(), "gpu", jobs) == jobs
     keep(toy(), "gpu", jobs[0], searched(toy(), jobs[0]))
     assert pending(toy(), "gpu", jobs) == jobs[1:]
@@ -236,15 +192,15 @@ def test_what_is_done_is_not_done_again_unless_the_source_or_a_version_changed(
         patched.setattr(tuned, "versions", lambda: {"torch": "2.11.0", "triton": "99"})
         assert pending(toy(), "gpu", jobs) == jobs
         table = tuned.Table("toy", "gpu", "the source")
-        assert (table.configurations, sum(table.stale.values())) == ({}, 1)
+        assert (table.configurations, list(table.stale.values())) == ({}, [["a 16"]])
         assert next(iter(table.stale)).startswith("measured with torch")
-    assert dict(tuned.Table("toy", "gpu", "another").stale) == {"of another source": 1}
+    assert tuned.Table("toy", "gpu", "another").stale == {"of another source": ["a 16"]}
     assert tuned.Table("toy", "gpu", "the source").configurations == {"a 16": {"size": 1}}
 
 
 def test_what_was_not_measured_takes_what_is_best_for_all(store: Path) -> None:
     for key, times in (("a", {1: 1.0, 2: 2.0, 3: 1.5}), ("b", {1: 9.0, 2: 1.0, 3: 1.2})):
-        job = Job(key, 0)
+        job = toy_job(key)
         keep(toy(), "gpu", job, searched(toy(lambda each, t=times: t[each.size]), job, ALL[:3]))  # type: ignore[misc]
     generalise(toy(), "gpu")
     found = tuned.Table("toy", "gpu", "the source").configurations
@@ -252,16 +208,15 @@ def test_what_was_not_measured_takes_what_is_best_for_all(store: Path) -> None:
 
 
 def test_lookup_is_of_a_users_first_and_is_told(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import torch
-
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
-    key = key_of(Shape(3584, 18944, False, True), 16)
+    key = key_of(Shape(3584, 18944, False, True), 16, torch.bfloat16)
     shipped = tuned.lookup("linear", 0, key, LINEAR.source())
     assert shipped is not None
     tuned._TABLES.clear()
-    job = Job(key, 0)
+    job = toy_job(key)
     keep(LINEAR, "NVIDIA H100 80GB HBM3", job, searching.Outcome(Shape(1, 2, False, False), 1.0, {}, {}))
     assert tuned.lookup("linear", 0, key, LINEAR.source()) == Shape(1, 2, False, False)._asdict()
+    assert tuned.lookup("linear", 0, f"float16{key.removeprefix('bfloat16')}", LINEAR.source()) is not None
     assert tuned.lookup("linear", 0, "1x1 16", LINEAR.source()) is None
     assert tuned.lookup("linear", -1, key, LINEAR.source()) is None
     state = tuned.states()["linear"]
@@ -286,11 +241,11 @@ def test_what_is_shipped_is_used_elsewhere_and_that_is_told(
 ) -> None:
     monkeypatch.setattr(tuned, "versions", lambda: {"torch": "2.11.0+cu130", "triton": triton})
     table = tuned.Table("linear", gpu, LINEAR.source())
-    count = len(table.configurations)
+    count = table.found
     assert count > 1
     assert table.borrowed == ({told: count} if told else {})
     key = next(iter(table.configurations))
-    keep(LINEAR, gpu, Job(key, 0), searching.Outcome(Shape(1, 2, False, False), 1.0, {}, {}))
+    keep(LINEAR, gpu, toy_job(key), searching.Outcome(Shape(1, 2, False, False), 1.0, {}, {}))
     assert tuned.Table("linear", gpu, LINEAR.source()).borrowed == ({told: count - 1} if told else {})
 
 
@@ -298,13 +253,12 @@ def test_what_was_measured_can_be_shipped(store: Path, monkeypatch: pytest.Monke
     gpu = "NVIDIA Made-up 1"
     with pytest.raises(ValueError, match="has no results for this kernel's source"):
         ship_tuned.shipped(toy(), gpu, {})
-    keep(toy(), gpu, Job("a 16", 0), searched(toy(), Job("a 16", 0)))
+    keep(toy(), gpu, toy_job("a 16"), searched(toy(), toy_job("a 16")))
     first = ship_tuned.shipped(toy(), gpu, {})
     assert first == {
         "gpu": gpu,
         "versions": tuned.versions(),
         "source": "the source",
-        "dtype": "float32",
         "configurations": {"a 16": {"size": 1}},
     }
     # Beside what was shipped, unless that is of another kernel or compiler.
@@ -314,21 +268,37 @@ def test_what_was_measured_can_be_shipped(store: Path, monkeypatch: pytest.Monke
         assert found.keys() == {"a 16", *others}
         assert found["a 16"] == {"size": 1}
     monkeypatch.setattr(tuned, "versions", lambda: {"torch": "2.11.0", "triton": "99"})
-    keep(toy(), gpu, Job("b 16", 0), searched(toy(), Job("b 16", 0)))
+    keep(toy(), gpu, toy_job("b 16"), searched(toy(), toy_job("b 16")))
     with pytest.raises(ValueError, match="results of several versions"):
         ship_tuned.shipped(toy(), gpu, {})
 
 
+def test_kernels_that_were_measured_are_shipped(
+    store: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(ship_tuned, "tunables", lambda: [toy(), made_up.KERNEL])
+    monkeypatch.setattr(ship_tuned, "SHIPPED", store / "shipped")
+    monkeypatch.setattr(sys, "argv", ["ship_tuned.py", "--gpu", "NVIDIA Made-up 1"])
+    assert ship_tuned.main() == 1
+    assert "nothing was measured" in capsys.readouterr().err
+    keep(toy(), "NVIDIA Made-up 1", toy_job("a 16"), searched(toy(), toy_job("a 16")))
+    for _ in range(2):  # what is there already stays
+        assert ship_tuned.main() == 0
+        (path,) = (store / "shipped").rglob("*.json")
+        assert path == store / "shipped" / "made-up" / "toy.json"
+        assert json.loads(path.read_text())["configurations"] == {"a 16": {"size": 1}}
+
+
 def test_what_is_no_configuration_is_counted_and_breaks_nothing(store: Path) -> None:
-    job = Job("a 16", 0)
+    job = toy_job("a 16")
     keep(toy(), "gpu", job, searched(toy(), job))
     folder = tuned.folder_of("toy", "gpu")
     (folder / "empty.json").write_text("")
     (folder / "list.json").write_text("[1]")
     (folder / "half.json").write_text('{"key": "b 16", "source": "the source", "versions": {}}')
     table = tuned.Table("toy", "gpu", "the source")
-    assert (table.configurations, table.stale) == ({"a 16": {"size": 1}}, {"not readable": 3})
-    assert pending(toy(), "gpu", [job, Job("b 16", 0)]) == [Job("b 16", 0)]
+    assert (table.configurations, table.stale) == ({"a 16": {"size": 1}}, {"not readable": ["?"] * 3})
+    assert pending(toy(), "gpu", [job, toy_job("b 16")]) == [toy_job("b 16")]
     generalise(toy(), "gpu")
     assert set(tuned.Table("toy", "gpu", "the source").configurations) == {"a 16", "any"}
 
@@ -336,7 +306,7 @@ def test_what_is_no_configuration_is_counted_and_breaks_nothing(store: Path) -> 
 def test_a_configuration_is_for_the_gpu_it_was_measured_on(store: Path) -> None:
     """Where a home folder is shared by machines, cards of one make have configurations of their own."""
     small, large = "NVIDIA GeForce RTX 3060", "NVIDIA GeForce RTX 4090"
-    job = Job("a 16", 0)
+    job = toy_job("a 16")
     keep(toy(), small, job, searched(toy(), job))
     assert pending(toy(), large, [job]) == [job]
     keep(toy(), large, job, searched(toy(), job, ALL[1:]))
@@ -393,11 +363,9 @@ def made_up_gpu() -> tuple[str, int]:
 
 def patched(monkeypatch: pytest.MonkeyPatch) -> None:
     """A GPU and a kernel that are made up; compilation, trials and the store are as on a real one."""
-    import torch
-
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.version, "hip", None)
-    monkeypatch.setattr(searching, "tunables", lambda: [MADE_UP_KERNEL])
+    monkeypatch.setattr(searching, "tunables", lambda: [made_up.KERNEL])
     monkeypatch.setattr(run, "_gpu", made_up_gpu)
 
 
@@ -418,8 +386,8 @@ def test_a_run_ends_with_the_best_of_what_is_right(
     printed = capsys.readouterr()
     lines = printed.out.splitlines()
     assert [" ".join(line.split()) for line in lines] == [
-        "made_up job 0 9.0 us, the best of 1",
-        "made_up job 1 5.0 us, the best of 3",
+        "made_up job 0 9.0 us, the best of 1, the default takes 9.0",
+        "made_up job 1 5.0 us, the best of 3, the default takes 9.0",
         "made_up none right failed: no configuration gives the right result: off by 1.0e+00",
         "3 jobs, 1 without a result",
     ]
@@ -439,13 +407,12 @@ def test_a_run_ends_with_the_best_of_what_is_right(
 
 
 KILLED = """
-import pathlib, sys
-sys.path.insert(0, "tests")
-import pytest
-from test_tuning import patched
-from vllm_gems import cli
-
-if __name__ == "__main__":
+if __name__ == "__main__":  # which it is not to the processes that it starts
+    import sys
+    sys.path.insert(0, "tests")
+    import pytest
+    from test_tuning import patched
+    from vllm_gems import cli
     with pytest.MonkeyPatch.context() as monkeypatch:
         patched(monkeypatch)
         sys.exit(cli.main(["pretune", "--json", "--model", sys.argv[1]]))
@@ -496,20 +463,19 @@ def _environ(store: Path) -> dict[str, str]:
 def test_dry_run_says_what_would_be_measured(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import torch
-
     for name in ("is_available", "_lazy_init"):  # what every use of a GPU begins with
         monkeypatch.setattr(torch.cuda, name, lambda: pytest.fail("it asks for a GPU"))
     (tmp_path / "config.json").write_text(json.dumps(QWEN3))
-    assert cli.main(["pretune", "--model", str(tmp_path), "--dry-run", "--json", "--tp", "2"]) == cli.OK
+    command = ["pretune", "--model", str(tmp_path), "--dry-run"]
+    assert cli.main([*command, "--json", "--tp", "2", "--ops", "linear"]) == cli.OK
     jobs = json.loads(capsys.readouterr().out)["jobs"]
     assert [job["key"] for job in jobs if job["key"].endswith(" 16")] == [
-        "4096x3072 16", "2048x4096 16", "4096x6144 gated 16", "6144x4096 16",
+        "bfloat16 4096x3072 16", "bfloat16 2048x4096 16", "bfloat16 6144x4096 16",
     ]  # fmt: skip
     assert all(job["candidates"] > 10 for job in jobs)
     for text in ("{", "[1]"):
         (tmp_path / "config.json").write_text(text)
-        assert cli.main(["pretune", "--model", str(tmp_path), "--dry-run"]) == cli.USAGE
+        assert cli.main(command) == cli.USAGE
         assert "config.json is no configuration" in capsys.readouterr().err
 
 
@@ -526,13 +492,14 @@ def test_a_models_name_is_looked_up_by_transformers(tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True)
     assert done.returncode == cli.OK, done.stderr
     keys = {job["key"] for job in json.loads(done.stdout)["jobs"]}
-    assert {"4096x6144 16", "4096x4096 16", "4096x14336 gated 16", "14336x4096 16"} <= keys
+    sizes = ("4096x6144", "4096x4096", "4096x14336 gated", "14336x4096")
+    assert {f"bfloat16 {size} 16" for size in sizes} <= keys
 
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--model", "qwen", "--ops", "mm"], "--ops mm: nothing to tune there; kernels with configurations are linear"),
+        (["--model", "qwen", "--ops", "mv"], "--ops mv: nothing to tune there; kernels with configurations are linear"),
         (["--model", "qwen", "--tp", "0", "--dry-run"], "--tp 0: expected at least 1"),
         (["--model", "qwen", "--tp", "5", "--dry-run"], "--tp 5 does not divide num_attention_heads"),
         (["--model", "no/such/folder", "--dry-run"], "--model no/such/folder: not one of llama, qwen, deepseek"),
@@ -542,8 +509,6 @@ def test_a_models_name_is_looked_up_by_transformers(tmp_path: Path) -> None:
 def test_errors_name_the_option(
     arguments: list[str], words: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import torch
-
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert cli.main(["pretune", *arguments]) == cli.USAGE

@@ -3,8 +3,8 @@
     python tools/ship_tuned.py --gpu "NVIDIA H100 80GB HBM3"
 
 Reads the user's results (`VLLM_GEMS_TUNED`, else the cache folder) for the GPU of this name, on any machine, and writes
-`vllm_gems/tuned/<gpu>/<kernel>.json`. What is shipped already stays, if it was measured with the same versions and
-kernel.
+`vllm_gems/tuned/<gpu>/<kernel>.json` for each kernel that has any. What is shipped already stays, if it was measured
+with the same versions and kernel.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def shipped(tunable: Tunable, gpu: str, before: dict[str, Any]) -> dict[str, Any
         raise ValueError(f"{tuned.folder_of(tunable.kernel, gpu)} has no results for this kernel's source")
     if len(versions) > 1:
         raise ValueError(f"results of several versions, one of which can be shipped: {', '.join(sorted(versions))}")
-    head = {"gpu": gpu, "versions": found[0]["versions"], "source": source, "dtype": tunable.dtype}
+    head = {"gpu": gpu, "versions": found[0]["versions"], "source": source}
     kept = before["configurations"] if before.items() >= head.items() else {}
     return {**head, "configurations": {**kept, **{entry["key"]: entry["configuration"] for entry in found}}}
 
@@ -44,7 +44,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gpu", required=True, help="its full name, as PyTorch says it")
     args = parser.parse_args()
-    for tunable in tunables():
+    measured = [tunable for tunable in tunables() if any(tuned.entries(tunable.kernel, args.gpu))]
+    if not measured:
+        print(f"{args.gpu}: nothing was measured", file=sys.stderr)
+        return 1
+    for tunable in measured:
         path = SHIPPED / tuned.gpu_slug(args.gpu) / f"{tunable.kernel}.json"
         try:
             content = shipped(tunable, args.gpu, json.loads(path.read_text()) if path.is_file() else {})

@@ -16,6 +16,7 @@ from typing import Any
 from . import __version__
 from .errors import UnknownNameError
 from .nouns import State
+from .tuning import OPS
 
 OK, PROBLEM, USAGE, NO_VLLM = 0, 1, 2, 3
 
@@ -61,13 +62,14 @@ def _parser() -> argparse.ArgumentParser:
     explain = verb("explain", _explain, "where a patch goes, what it gains, and its state here")
     explain.add_argument("patch")
     pretune = verb("pretune", _pretune, "measure kernels' configurations for a model's shapes here, and keep the best")
+    dtypes = "default: %(default)s, which float16 takes too where it has no results of its own"
     models = "llama, qwen, deepseek, a folder with config.json, or a model's name"
     pretune.add_argument("--model", required=True, help=models)
-    pretune.add_argument("--dtype", choices=("bfloat16",), default="bfloat16", help="float16 takes the same")
+    pretune.add_argument("--dtype", choices=("bfloat16", "float16"), default="bfloat16", help=dtypes)
     pretune.add_argument("--max-tokens", type=int, default=16384, help="of one step")
     pretune.add_argument("--max-reqs", type=int, default=1024, help="of one step")
     pretune.add_argument("--tp", type=int, default=1, help="ranks of tensor parallelism")
-    pretune.add_argument("--ops", help="comma-separated; default: every kernel that has configurations")
+    pretune.add_argument("--ops", help=f"comma-separated, of {', '.join(OPS)}; default: all")
     pretune.add_argument("--dry-run", action="store_true", help="say what would be measured, and touch no GPU")
     verb("env", _env, "versions, devices and the variables that this program reads")
     return parser
@@ -216,8 +218,8 @@ def _pretune(args: argparse.Namespace) -> int:
 
     try:
         told = pretune(
-            args.model, tp=args.tp, max_tokens=args.max_tokens, max_reqs=args.max_reqs, ops=args.ops,
-            dry_run=args.dry_run,
+            args.model, dtype=args.dtype, tp=args.tp, max_tokens=args.max_tokens, max_reqs=args.max_reqs,
+            ops=args.ops, dry_run=args.dry_run,
         )  # fmt: skip
     except ValueError as error:
         print(error, file=sys.stderr)

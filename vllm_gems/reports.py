@@ -25,7 +25,7 @@ class Report:
     JSON keys are stable: "vllm_gems", "vllm", "torch", "triton", "device", "pid" (a list when merged), "rank", "mode",
     "rows", each row with the fields of `nouns.Row`, and "tuned": by kernel, how many measured configurations were
     "found", how many of these are "borrowed" (shipped, and measured with other versions or on another GPU of the kind),
-    which keys were "missing", and how many were "stale", by reason.
+    which keys were "missing", and those of what was "stale", by reason.
     """
 
     rows: tuple[Row, ...]
@@ -174,9 +174,15 @@ def _configurations(state: tuple[str, Mapping[str, Any]]) -> str:
     parts = [f"{kernel}: {known['found']} measured configurations"]
     parts += [f"{count} of them shipped, measured with {others}" for others, count in known["borrowed"].items()]
     if known["missing"]:
-        parts.append(f"none for {', '.join(known['missing'])}, which take what was best for others, or the default")
-    parts += [f"{count} not used: {reason}" for reason, count in known["stale"].items()]
+        parts.append(f"none for {_some(known['missing'])}, which take what was best for others, or the default")
+    parts += [f"{len(keys)} not used, {reason}: {_some(keys)}" for reason, keys in known["stale"].items()]
     return "; ".join(parts)
+
+
+def _some(names: Sequence[str], most: int = 8) -> str:
+    """The first of them; JSON has all."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
 
 
 def _remarks(row: Row) -> str:

@@ -5,6 +5,8 @@ They are for the very GPU and the versions of PyTorch and Triton that they were 
 others. Those that are shipped are used under any: measured with another compiler, or on another model of this GPU, they
 are still a better guess than none. No configuration outlives a change of its kernel's source. `states` says what was
 found, what of it is such a guess, and what was not used and why.
+
+A key is a kernel's own: the dtype first, where it matters, and the class of shapes.
 """
 
 from __future__ import annotations
@@ -54,28 +56,37 @@ def versions() -> dict[str, str]:
     return {name: str(importlib.import_module(name).__version__) for name in ("torch", "triton")}
 
 
+# Keys that were asked for in vain and are remembered, for the report; those of attention's products never end.
+MISSING = 1000
+
+
 class Table:
     """The valid configurations of one kernel on one GPU, and what became of the others."""
 
     def __init__(self, kernel: str, gpu: str, source: str) -> None:
         self.configurations: dict[str, dict[str, Any]] = {}
         self.borrowed: Counter[str] = Counter()  # shipped ones, by what else they were measured with
-        self.stale: Counter[str] = Counter()
+        self.stale: dict[str, list[str]] = {}  # why -> keys
         self.missing: set[str] = set()
         shipped, others = _shipped(kernel, gpu, source)
         own = {}
         for entry in entries(kernel, gpu):
             if reason := stale(entry, source):
-                self.stale[reason] += 1
+                self.stale.setdefault(reason, []).append(entry.get("key", "?"))
             else:
                 own[entry["key"]] = entry["configuration"]
         if others == _ANOTHER_SOURCE:
-            self.stale[f"shipped, {others}"] = len(shipped)
+            self.stale[f"shipped, {others}"] = sorted(shipped)
         else:
             self.configurations.update(shipped)
             if others and shipped.keys() - own.keys():
                 self.borrowed[others] = len(shipped.keys() - own.keys())
         self.configurations.update(own)
+        self.found = len(self.configurations)
+        # What was measured with bfloat16 is taken for float16: as many bytes, and as fast a product.
+        for key, configuration in list(self.configurations.items()):
+            if key.startswith("bfloat16 "):
+                self.configurations.setdefault(key.removeprefix("b"), configuration)
 
 
 _ANOTHER_SOURCE = "of another source"
@@ -157,20 +168,20 @@ def lookup(kernel: str, device: int, key: str, source: str) -> dict[str, Any] | 
     if table is None:
         table = _TABLES[kernel, gpu] = Table(kernel, gpu, source)
     found = table.configurations.get(key)
-    if found is None:
+    if found is None and len(table.missing) < MISSING:
         table.missing.add(key)
     return found
 
 
 def states() -> dict[str, dict[str, Any]]:
     """kernel -> how many configurations there are, how many of them are borrowed and from what, which keys had none,
-    and how many were not used, by reason."""
+    and the keys of those that were not used, by reason."""
     return {
         kernel: {
-            "found": len(table.configurations),
+            "found": table.found,
             "borrowed": dict(table.borrowed),
             "missing": sorted(table.missing),
-            "stale": dict(table.stale),
+            "stale": {reason: sorted(keys) for reason, keys in table.stale.items()},
         }
         for (kernel, _), table in _TABLES.items()
     }

@@ -93,7 +93,7 @@ class Indexing:
 
 def _launch(part: Part, device: int) -> Callable[[int, int, Arguments], None]:
     """(address of the result, number, arguments) -> what a launch does."""
-    ways = move_builds(part.move)
+    ways = move_builds(part.move, device)
     by_element, together = ways[0], ways[-1]
     launch_one, launch_many = (launcher(way.build, device) for way in (by_element, together))
     skipped = part.skipped * part.move.itemsize

@@ -51,21 +51,26 @@ class Product:
         device = overload.device(args)
         if any(args[place].get_device() != device for place in places):
             decline("its tensors are on several devices")
-        call = Matrices(
-            batch=a.shape[0] if a.dim() == 3 else 1,
-            rows=a.shape[-2],
-            cols=b.shape[-1] if b.dim() == a.dim() else 1,
-            inner=a.shape[-1],
-            a=_strides(a.stride()),
-            b=_strides(b.stride()),
-            input=_strides(inputs[0].expand(result.shape).stride()) if inputs else None,
-            out=_strides(result.stride()),
-            dtype=a.dtype,
-            out_dtype=result.dtype,
-        )
+        call = matrices(a, b, result, *inputs)
         if call.reach > INT32_MAX:
             decline("its elements lie more than 2**31 apart")
         return _plan(call, places, factors, overload.allocation(result, device, apart=True), device)
+
+
+def matrices(a: torch.Tensor, b: torch.Tensor, result: torch.Tensor, *inputs: torch.Tensor) -> Matrices:
+    """What the kernel is told of a product, with or without one that is added."""
+    return Matrices(
+        batch=a.shape[0] if a.dim() == 3 else 1,
+        rows=a.shape[-2],
+        cols=b.shape[-1] if b.dim() == a.dim() else 1,
+        inner=a.shape[-1],
+        a=_strides(a.stride()),
+        b=_strides(b.stride()),
+        input=_strides(inputs[0].expand(result.shape).stride()) if inputs else None,
+        out=_strides(result.stride()),
+        dtype=a.dtype,
+        out_dtype=result.dtype,
+    )
 
 
 def _strides(strides: Sequence[int]) -> tuple[int, int, int]:
@@ -81,7 +86,7 @@ def _plan(
     launches: dict[tuple[bool, bool], Any] = {}
 
     def compiled(with_input: bool, aligned: bool) -> Any:
-        build, grid, tail = matmul_build(call, with_input, aligned)
+        build, grid, tail = matmul_build(call, with_input, aligned, device)
         if grid > INT32_MAX:
             decline(f"it takes {grid} programs")
         try:

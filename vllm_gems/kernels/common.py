@@ -21,6 +21,10 @@ def dtype_of(name: str) -> torch.dtype:
     return dtype
 
 
+def name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
 def randn(shape: Sequence[int], dtype: str, device: str, scale: float = 1.0) -> torch.Tensor:
     """Normal values rounded to `dtype`, drawn in float32 so that every dtype sees the same distribution."""
     return (torch.randn(tuple(shape), device=device) * scale).to(dtype_of(dtype))

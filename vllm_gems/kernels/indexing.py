@@ -9,6 +9,7 @@ copied eight bytes at a time.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -17,15 +18,16 @@ import torch
 import triton
 import triton.language as tl
 
+from .. import tuned
 from ..errors import Refused
-from ..launch import Build, pointer
+from ..launch import CPU, Build, pointer
 from .common import power_of_two
 from .pointwise import MAX_DIMS, Walk, walk
 
 MAX_INDICES = 3
 UNIT = 8  # bytes that are copied at a time
 
-_BLOCK = 1024
+_MOST_BLOCK = 2048
 _INT32_MAX = 2**31 - 1
 _POINTERS = {1: "*i8", 2: "*i16", 4: "*i32", 8: "*i64"}  # bytes of an element -> what it is to the kernel
 
@@ -163,6 +165,35 @@ class Move(NamedTuple):
     wraps: bool = False
 
 
+class Division(NamedTuple):
+    """How the work is divided."""
+
+    block: int  # elements of a program
+    num_warps: int
+
+
+DEFAULT = Division(1024, 4)
+
+
+def key_of(units: int) -> str:
+    """By which measured divisions are kept, of rows that one index picks: units that are copied, by powers of two."""
+    return f"rows {power_of_two(units)}"
+
+
+@functools.cache
+def source() -> str:
+    """By which measured divisions are recognised as this kernel's."""
+    return tuned.source_hash(_indexed_copy_kernel, _offset, _moved)
+
+
+def division_for(move: Move, together: int, numel: int, device: int) -> Division:
+    """The measured one for this GPU, for what embeddings and the choice of rows copy; else the default."""
+    if together * move.itemsize == UNIT and len(move.indices) == 1 and not move.scatters:
+        found = tuned.lookup("indexing", device, key_of(numel), source())
+        return Division(**found) if found else DEFAULT
+    return DEFAULT
+
+
 class Launchable(NamedTuple):
     """A build, its grid, and its arguments after the addresses."""
 
@@ -190,12 +221,14 @@ def _together(walked: Walk, steps: Sequence[int], itemsize: int) -> int:
     return together
 
 
-def move_builds(move: Move) -> list[Launchable]:
+def move_builds(move: Move, device: int = CPU, division: Division | None = None) -> list[Launchable]:
     """What is compiled for a move: element by element, and then the way to copy several at a time, if there is one.
+
+    device: whose measured divisions are looked up. division: another, for those who measure them.
 
     Raises Refused for 2**31 elements, and for tensors in more dimensions than the kernel goes through.
     """
-    if math.prod(move.shape) > _INT32_MAX - _BLOCK:
+    if math.prod(move.shape) > _INT32_MAX - _MOST_BLOCK:
         raise Refused(f"it is of {math.prod(move.shape)} elements")
     read = move.write if move.read is None else move.read
     walked = walk(move.shape, [move.order, move.write, read, *(each.strides for each in move.indices)])
@@ -203,15 +236,15 @@ def move_builds(move: Move) -> list[Launchable]:
         raise Refused(
             f"its tensors lie in {len(walked.sizes)} dimensions that are no single walk, more than {MAX_DIMS}"
         )
-    ways = [_way(move, walked, 1)]
+    ways = [_way(move, walked, 1, device, division)]
     if move.read is not None and not move.adds:
         together = _together(walked, [each.step for each in move.indices], move.itemsize)
         if together > 1:
-            ways.append(_way(move, walked, together))
+            ways.append(_way(move, walked, together, device, division))
     return ways
 
 
-def _way(move: Move, walked: Walk, together: int) -> Launchable:
+def _way(move: Move, walked: Walk, together: int, device: int, division: Division | None) -> Launchable:
     dims = max(len(walked.sizes), 1)
     sizes = list(walked.sizes) or [1]
     strides = [list(each) or [0] for each in walked.strides]
@@ -220,7 +253,7 @@ def _way(move: Move, walked: Walk, together: int) -> Launchable:
     for each in (write, read):
         each[:-1] = [step // together for step in each[:-1]]
     numel = math.prod(sizes)
-    wide = max(walked.reach, move.reach, *(each.limit for each in move.indices)) > _INT32_MAX - _BLOCK
+    wide = max(walked.reach, move.reach, *(each.limit for each in move.indices)) > _INT32_MAX - _MOST_BLOCK
     whole = "i64" if wide else "i32"
     element = _POINTERS[move.itemsize * together]
 
@@ -239,7 +272,8 @@ def _way(move: Move, walked: Walk, together: int) -> Launchable:
             there = steps is not None and dim < dims
             types.append(whole if there else None)
             tail.append(steps[dim] if steps is not None and dim < dims else 0)
-    block = min(_BLOCK, max(128, power_of_two(numel)))
+    division = division or division_for(move, together, numel, device)
+    block = min(division.block, max(128, power_of_two(numel)))
     build = Build(
         function=_indexed_copy_kernel,
         types=tuple(types),
@@ -252,6 +286,6 @@ def _way(move: Move, walked: Walk, together: int) -> Launchable:
             ("BLOCK", block),
         ),
         aligned=False,
-        num_warps=4,
+        num_warps=division.num_warps,
     )
     return Launchable(build, -(-numel // block), tuple(tail), move.itemsize * together)

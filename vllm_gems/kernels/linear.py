@@ -19,7 +19,7 @@ from ..errors import Refused
 from ..launch import Build, Launch, allocator, launcher, pointer
 from ..nouns import Case, Kernel
 from ..scratch import counters
-from .common import dtype_of, nbytes, power_of_two, randn, strided
+from .common import dtype_of, name_of, nbytes, power_of_two, randn, strided
 
 # Beyond this many rows the product is no longer bound by its weight.
 MAX_ROWS = 128
@@ -191,14 +191,15 @@ def _spread(tiling: Tiling, shape: Shape, enough: int) -> Tiling:
     return tiling._replace(split=split)
 
 
-def key_of(shape: Shape, rows: int) -> str:
+def key_of(shape: Shape, rows: int, dtype: torch.dtype) -> str:
     """By which measured tilings are kept."""
-    return f"{shape.in_features}x{shape.out_features}{' gated' if shape.gated else ''} {rows}"
+    sizes = f"{shape.in_features}x{shape.out_features}"
+    return f"{name_of(dtype)} {sizes}{' gated' if shape.gated else ''} {rows}"
 
 
-def general_key(gated: bool, rows: int) -> str:
+def general_key(gated: bool, rows: int, dtype: torch.dtype) -> str:
     """By which is kept what is best for all layers that were measured together."""
-    return f"any{' gated' if gated else ''} {rows}"
+    return f"{name_of(dtype)} any{' gated' if gated else ''} {rows}"
 
 
 @functools.cache
@@ -208,14 +209,11 @@ def source() -> str:
 
 
 def tiling_for(shape: Shape, rows: int, dtype: torch.dtype, device: int) -> Tiling:
-    """The measured tiling for this GPU, else what was best for the shapes that were measured, else the default.
-
-    They are measured with bfloat16, and taken for float16: as many bytes, and as fast a product.
-    """
+    """The measured tiling for this GPU, else what was best for the shapes that were measured, else the default."""
     if dtype.itemsize == 2:
-        if found := tuned.lookup("linear", device, key_of(shape, rows), source()):
+        if found := tuned.lookup("linear", device, key_of(shape, rows, dtype), source()):
             return Tiling(**found)
-        if found := tuned.lookup("linear", device, general_key(shape.gated, rows), source()):
+        if found := tuned.lookup("linear", device, general_key(shape.gated, rows, dtype), source()):
             return _spread(Tiling(**found), shape, _ENOUGH // 2)
     return default_tiling(shape, rows, dtype.itemsize)
 

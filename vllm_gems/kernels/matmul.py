@@ -8,14 +8,16 @@ where they are. Sums are in float32, in one program from the first product to th
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
-from ..launch import Build, pointer
-from .common import power_of_two
+from .. import tuned
+from ..launch import CPU, Build, pointer
+from .common import name_of, power_of_two
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -147,15 +149,16 @@ class Tiling(NamedTuple):
     num_stages: int
 
 
-# Programs that keep an H100 (132 multiprocessors) or a like GPU busy. A constant: the same product is the same sum on
-# every GPU.
+# Programs that keep an H100 (132 multiprocessors) or a like GPU busy. A constant: where nothing was measured the same
+# product is the same sum on every GPU.
 _ENOUGH = 128
 
 _GROUP = 8
 
 
-def tiling_for(batch: int, rows: int, cols: int, inner: int, itemsize: int, wide: bool = True) -> Tiling:
-    """Tiles as large as leaves work for all multiprocessors, in steps that a few fit into shared memory at a time.
+def default_tiling(batch: int, rows: int, cols: int, inner: int, itemsize: int, wide: bool = True) -> Tiling:
+    """Without a measured one for this GPU: tiles as large as leaves work for all multiprocessors, in steps that a few
+    fit into shared memory at a time.
 
     wide: a and b are read 16 bytes at a time. If not, their tiles are on their way in registers, and small.
     """
@@ -179,8 +182,38 @@ def tiling_for(batch: int, rows: int, cols: int, inner: int, itemsize: int, wide
     return Tiling(tile_rows, tile_cols, depth, 8 if tile_rows * tile_cols > 64 * 128 else 4, stages)
 
 
-def matmul_build(call: Matrices, with_input: bool, aligned: bool) -> tuple[Build, int, tuple[int, ...]]:
-    """What is compiled, the number of programs, and the arguments after alpha and beta."""
+def rows_class(rows: int) -> int:
+    """The numbers of rows that tilings are measured for: powers of two, of which the smallest is that of all below."""
+    return max(16, power_of_two(rows))
+
+
+def key_of(call: Matrices) -> str:
+    """By which measured tilings are kept: dtype, batch, sizes, how a and b lie (t: transposed), and class of rows."""
+    batch = f"{call.batch}*" if call.batch > 1 else ""
+    lie = "".join("n" if each[2] == 1 else "t" for each in (call.a, call.b))
+    return f"{name_of(call.dtype)} {batch}{call.inner}x{call.cols} {lie} {rows_class(call.rows)}"
+
+
+@functools.cache
+def source() -> str:
+    """By which measured tilings are recognised as this kernel's."""
+    return tuned.source_hash(_matmul_kernel, _load, _steps)
+
+
+def tiling_for(call: Matrices, wide: bool, device: int) -> Tiling:
+    """The measured tiling for this GPU, else the default. What cannot be read 16 bytes at a time is not measured."""
+    if wide and call.dtype.itemsize == 2 and (found := tuned.lookup("matmul", device, key_of(call), source())):
+        return Tiling(**found)
+    return default_tiling(call.batch, call.rows, call.cols, call.inner, call.dtype.itemsize, wide)
+
+
+def matmul_build(
+    call: Matrices, with_input: bool, aligned: bool, device: int = CPU, tiling: Tiling | None = None
+) -> tuple[Build, int, tuple[int, ...]]:
+    """What is compiled, the number of programs, and the arguments after alpha and beta.
+
+    device: whose measured tilings are looked up. tiling: another, for those who measure them.
+    """
     dtype, out_dtype = pointer(call.dtype), pointer(call.out_dtype)
     types: list[str | None] = []
     tail: list[int] = []
@@ -220,7 +253,7 @@ def matmul_build(call: Matrices, with_input: bool, aligned: bool) -> tuple[Build
     strides(call.input if with_input else None, call.rows, call.cols)
     strides(call.out, call.rows, call.cols)
     wide = wide and aligned
-    tiling = tiling_for(call.batch, call.rows, call.cols, call.inner, call.dtype.itemsize, wide)
+    tiling = tiling or tiling_for(call, wide, device)
     build = Build(
         function=_matmul_kernel,
         types=(dtype, dtype, out_dtype if with_input else None, out_dtype, "fp32", "fp32", *types),

@@ -16,10 +16,11 @@ import torch
 import triton
 import triton.language as tl
 
+from .. import tuned
 from ..errors import Refused
 from ..launch import Build, Launch, launcher, pointer
 from ..nouns import Case, Kernel
-from .common import dtype_of, nbytes, power_of_two, randn
+from .common import dtype_of, name_of, nbytes, power_of_two, randn
 
 MAX_EXPERTS = 512
 MAX_TOKENS = 512
@@ -194,8 +195,9 @@ class Tiling(NamedTuple):
     num_stages: int
 
 
-def tiling_for(experts: Experts, num_tokens: int, gated: bool, itemsize: int) -> Tiling:
-    """Rows for what an expert gets if all get the same; stages of 16 to 24 KiB in 16 bits, small steps in float32."""
+def default_tiling(experts: Experts, num_tokens: int, gated: bool, itemsize: int) -> Tiling:
+    """Without a measured one for this GPU: rows for what an expert gets if all get the same; stages of 16 to 24 KiB in
+    16 bits, small steps in float32."""
     each = triton.cdiv(num_tokens * experts.topk, experts.num_experts)
     rows = min(64, max(16, power_of_two(each)))
     if itemsize == 4:  # without tensor cores a thread has an operand of its own for each sum
@@ -204,6 +206,34 @@ def tiling_for(experts: Experts, num_tokens: int, gated: bool, itemsize: int) ->
     # Masks along the sum, of sizes that steps do not divide, take registers, too.
     depth = 32 if in_features % 64 else 64 if rows == 64 or in_features % 128 else 128
     return Tiling(rows, 32 if gated else 64, depth, 4, 4)
+
+
+def key_of(experts: Experts, num_tokens: int, gated: bool, dtype: torch.dtype) -> str:
+    """By which measured tilings are kept; tokens by powers of two."""
+    count, topk, hidden, width = experts
+    sizes = f"{hidden}x{width} gated" if gated else f"{width}x{hidden}"
+    return f"{name_of(dtype)} {topk} of {count} {sizes} {power_of_two(num_tokens)}"
+
+
+@functools.cache
+def source() -> str:
+    """By which measured tilings are recognised as this kernel's."""
+    return tuned.source_hash(_moe_experts_kernel)
+
+
+def tiling_for(experts: Experts, num_tokens: int, gated: bool, dtype: torch.dtype, device: int) -> Tiling:
+    """The measured tiling for this GPU, else the default."""
+    key = key_of(experts, num_tokens, gated, dtype)
+    if dtype.itemsize == 2 and (found := tuned.lookup("moe_experts", device, key, source())):
+        return Tiling(**found)
+    return default_tiling(experts, num_tokens, gated, dtype.itemsize)
+
+
+def way_of(experts: Experts, num_tokens: int) -> tuple[int, bool]:
+    """How programs find the pairs of their expert, (PAIRS, BY_PAIR) of the kernel. PAIRS is 0 where they are listed."""
+    num_pairs = num_tokens * experts.topk
+    looked_for = num_pairs <= _SCANNED
+    return power_of_two(num_pairs) if looked_for else 0, looked_for and num_pairs < experts.num_experts
 
 
 def _list_build(num_experts: int, aligned: bool = True) -> Build:
@@ -216,7 +246,7 @@ def _list_build(num_experts: int, aligned: bool = True) -> Build:
     )
 
 
-def _experts_build(
+def experts_build(
     experts: Experts, tiling: Tiling, dtype: torch.dtype, gated: bool, pairs: int, by_pair: bool, aligned: bool = True
 ) -> Build:
     if not aligned:  # narrow loads take registers, and what is right need not be fast
@@ -294,7 +324,7 @@ def bind_moe_experts(experts: Experts, dtype: torch.dtype, shared: bool, device:
 
     @functools.cache
     def product_for(tiling: Tiling, gated: bool, pairs: int, by_pair: bool, aligned: bool) -> Launch:
-        return launcher(_experts_build(experts, tiling, dtype, gated, pairs, by_pair, aligned), device)
+        return launcher(experts_build(experts, tiling, dtype, gated, pairs, by_pair, aligned), device)
 
     @functools.cache
     def list_for(aligned: bool) -> Launch:
@@ -304,21 +334,16 @@ def bind_moe_experts(experts: Experts, dtype: torch.dtype, shared: bool, device:
     def sum_for(aligned: bool) -> Launch:
         return launcher(_sum_build(experts, dtype, shared, aligned), device)
 
-    def way_of(num_tokens: int) -> tuple[int, bool]:
-        """(PAIRS, BY_PAIR)"""
-        num_pairs = num_tokens * topk
-        return (power_of_two(num_pairs) if num_pairs <= _SCANNED else 0), num_pairs < num_experts
-
+    @functools.cache
     def products(num_tokens: int, aligned: bool) -> tuple[Launch, Launch, int, int]:
-        pairs, by_pair = way_of(num_tokens)
-        up, down = (tiling_for(experts, num_tokens, gated, dtype.itemsize) for gated in (True, False))
-        by_pair = by_pair and pairs > 0
+        pairs, by_pair = way_of(experts, num_tokens)
+        up, down = (tiling_for(experts, num_tokens, gated, dtype, device) for gated in (True, False))
         return (
             product_for(up, True, pairs, by_pair, aligned), product_for(down, False, pairs, by_pair, aligned),
             triton.cdiv(intermediate_size, up.cols), triton.cdiv(hidden_size, down.cols),
         )  # fmt: skip
 
-    for num_tokens in (1 << power for power in range(MAX_TOKENS.bit_length())):
+    for num_tokens in range(1, MAX_TOKENS + 1):
         products(num_tokens, True)
     list_for(True)
     sum_for(True)
@@ -333,8 +358,8 @@ def bind_moe_experts(experts: Experts, dtype: torch.dtype, shared: bool, device:
         active_at, y_at = memory(num_pairs * intermediate_size * dtype.itemsize), memory(num_pairs * hidden_size * 4)
         pairs_at = starts_at = 0
         up, down, up_tiles, down_tiles = products(num_tokens, aligned)
-        pairs, by_pair = way_of(num_tokens)
-        programs = num_pairs if pairs and by_pair else num_experts
+        pairs, by_pair = way_of(experts, num_tokens)
+        programs = num_pairs if by_pair else num_experts
         if not pairs:
             pairs_at, starts_at = memory(num_pairs * 4), memory((num_experts + 1) * 4)
             list_for(aligned)(num_experts, ids_at, pairs_at, starts_at, num_pairs)
@@ -479,13 +504,11 @@ def _inputs(case: Case, dtype: str, device: str) -> dict[str, Any]:
 def _builds(case: Case, dtype: str) -> Iterator[Build]:
     experts = Experts(case["experts"], case["topk"], case["hidden"], case["intermediate"])
     tokens, kind = max(case["num_tokens"], 1), dtype_of(dtype)
-    num_pairs = tokens * experts.topk
-    pairs = power_of_two(num_pairs) if num_pairs <= _SCANNED else 0
+    pairs, by_pair = way_of(experts, tokens)
     for gated in (True, False):
-        tiling = tiling_for(experts, tokens, gated, kind.itemsize)
+        tiling = default_tiling(experts, tokens, gated, kind.itemsize)
         for aligned in (True, False):
-            by_pair = pairs > 0 and num_pairs < experts.num_experts
-            yield _experts_build(experts, tiling, kind, gated, pairs, by_pair, aligned)
+            yield experts_build(experts, tiling, kind, gated, pairs, by_pair, aligned)
     if not pairs:
         yield _list_build(experts.num_experts)
     yield _sum_build(experts, kind, bool(case.get("shared")))

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 
 from .. import launch
+from ..kernels.common import dtype_of
 from ..kernels.linear import (
     Shape,
     Tiling,
@@ -23,12 +24,9 @@ from ..kernels.linear import (
     source,
 )
 from .models import linears
-from .search import Job, Tunable, best_of_all
+from .search import Job, Scope, Tunable, best_of_all
+from .trials import SHARED_MEMORY, TOLERANCE, copies, us_of, worst, worst_error
 
-DTYPE = torch.bfloat16
-# Relative distance from the float32 reference, in the norm of the whole result: one rounding to 8 bits.
-TOLERANCE = 4e-3
-SHARED_MEMORY = 220 * 1024  # bytes a program may have, some left for Triton
 # Rows at which each class of them is tuned.
 CLASSES = {16: (1, 16), 32: (32,), 64: (64,)}
 
@@ -38,24 +36,29 @@ class Product(NamedTuple):
 
     shape: Shape
     rows: int  # a key of CLASSES
+    dtype: torch.dtype
 
 
-def jobs(config: Mapping[str, Any], tp: int, max_tokens: int, max_reqs: int) -> Iterator[Job]:
+def jobs(scope: Scope) -> Iterator[Job]:
     """A job for each layer and class of rows that a decode step can have."""
-    most = min(max_tokens, max_reqs)
-    for shape in linears(config, tp):
+    dtype = dtype_of(scope.dtype)
+    for shape in linears(scope.config, scope.tp):
         for rows, counts in CLASSES.items():
-            if most >= min(counts):
-                yield Job(key_of(shape, rows), Product(shape, rows))
+            if scope.most_reqs >= min(counts):
+                op = "silu_gated_linear" if shape.gated else "linear"
+                yield Job(key_of(shape, rows, dtype), Product(shape, rows, dtype), op)
 
 
 def candidates(job: Job) -> Sequence[Tiling]:
     """The default, and tilings that can keep an H100 busy: enough programs, enough bytes on their way."""
-    shape, rows = job.about
+    shape, rows, dtype = job.about
     parts = 2 if shape.gated else 1
-    found = [default_tiling(shape, rows, DTYPE.itemsize)]
+    found = [default_tiling(shape, rows, dtype.itemsize)]
+    # A small weight has work for fewer.
+    most = -(-shape.out_features // 32) * 8
+    enough, moving = min(100, most), min(2 << 20, shape.in_features * shape.out_features * parts)
     for cols, depth, split, swapped, stages in itertools.product(
-        (32, 64, 128), (64, 128, 256), (1, 2, 4), (False, True), (3, 4, 6)
+        (32, 64, 128), (64, 128, 256), (1, 2, 4, 8) if most < 200 else (1, 2, 4), (False, True), (3, 4, 6)
     ):
         programs = -(-shape.out_features // cols) * split
         stage = 2 * depth * (parts * cols + rows)
@@ -63,8 +66,8 @@ def candidates(job: Job) -> Sequence[Tiling]:
         in_flight = resident * (stages - 1) * 2 * depth * parts * cols
         if (
             stage * stages <= SHARED_MEMORY
-            and 100 <= programs <= 1400
-            and in_flight >= 2 << 20
+            and enough <= programs <= 1400
+            and in_flight >= moving
             and shape.in_features // split >= stages * depth
             and (cols >= 64 or not swapped)
             and parts * cols * rows <= 8192
@@ -76,36 +79,36 @@ def candidates(job: Job) -> Sequence[Tiling]:
 def compile_one(job: Job, candidate: Tiling, arch: int) -> None:
     from triton.backends.compiler import GPUTarget
 
-    shape, rows = job.about
-    launch.compile_for(build_of(shape, rows, candidate, DTYPE), GPUTarget("cuda", arch, 32))
+    shape, rows, dtype = job.about
+    launch.compile_for(build_of(shape, rows, candidate, dtype), GPUTarget("cuda", arch, 32))
 
 
-def weights(shape: Shape, device: str) -> list[torch.Tensor]:
+def weights(shape: Shape, device: str, dtype: torch.dtype) -> list[torch.Tensor]:
     """As many as no cache holds."""
     size = shape.in_features * shape.out_features * (2 if shape.gated else 1)
-    count = max(2, -(-(192 << 20) // (2 * size)))
     return [
-        (torch.randn(size, device=device) * shape.in_features**-0.5).to(DTYPE).view(-1, shape.in_features)
-        for _ in range(count)
+        (torch.randn(size, device=device) * shape.in_features**-0.5).to(dtype).view(-1, shape.in_features)
+        for _ in range(copies(2 * size))
     ]
 
 
 def prepare(job: Job, device: str) -> list[torch.Tensor]:
-    return weights(job.about.shape, device)
+    return weights(job.about.shape, device, job.about.dtype)
 
 
 def inputs_of(shape: Shape, rows: int, weight: torch.Tensor) -> dict[str, Any]:
+    dtype, device = weight.dtype, weight.device
     return {
-        "x": torch.randn(rows, shape.in_features, device=weight.device).to(DTYPE),
+        "x": torch.randn(rows, shape.in_features, device=device).to(dtype),
         "weight": weight,
-        "bias": torch.randn(weight.shape[0], device=weight.device).to(DTYPE) if shape.bias else None,
+        "bias": torch.randn(weight.shape[0], device=device).to(dtype) if shape.bias else None,
     }
 
 
-def call_of(shape: Shape, tiling: Tiling | None, device: int) -> Any:
+def call_of(shape: Shape, tiling: Tiling | None, device: int, dtype: torch.dtype) -> Any:
     """call(x, weight, bias) with this tiling, the one that serving takes if it is None."""
-    project = bind_linear(shape, DTYPE, device, tiling)
-    empty = launch.allocator(device, DTYPE)
+    project = bind_linear(shape, dtype, device, tiling)
+    empty = launch.allocator(device, dtype)
 
     def call(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         rows = x.shape[0]
@@ -117,29 +120,24 @@ def call_of(shape: Shape, tiling: Tiling | None, device: int) -> Any:
     return call
 
 
-def relative_error(shape: Shape, call: Any, inputs: dict[str, Any]) -> float:
-    """Of a call against float32, in the norm of the whole result."""
+def wanted(shape: Shape, inputs: dict[str, Any]) -> torch.Tensor:
+    """The result in float32."""
     reference = silu_gated_linear_reference if shape.gated else linear_reference
-    wide = {name: None if value is None else value.float() for name, value in inputs.items()}
-    want = reference(**wide)[0]
-    return float((call(**inputs).float() - want).norm() / want.norm())
+    return reference(**{name: None if value is None else value.float() for name, value in inputs.items()})[0]
 
 
 def error(job: Job, candidate: Tiling, context: list[torch.Tensor]) -> float:
-    shape, rows = job.about
-    call = call_of(shape, candidate, context[0].get_device())
-    # NaN in any is NaN in the sum; `max` would lose it.
-    return sum(relative_error(shape, call, inputs_of(shape, count, context[0])) for count in CLASSES[rows])
+    shape, rows, dtype = job.about
+    call = call_of(shape, candidate, context[0].get_device(), dtype)
+    every = [inputs_of(shape, count, context[0]) for count in CLASSES[rows]]
+    return worst(worst_error(call(**inputs), wanted(shape, inputs)) for inputs in every)
 
 
 def us(job: Job, candidate: Tiling, context: list[torch.Tensor]) -> float:
-    from .timing import gpu_us
-
-    shape, rows = job.about
-    call = call_of(shape, candidate, context[0].get_device())
+    shape, rows, dtype = job.about
+    call = call_of(shape, candidate, context[0].get_device(), dtype)
     return statistics.geometric_mean(
-        gpu_us({"it": call}, [inputs_of(shape, count, weight) for weight in context], repeats=3)["it"]
-        for count in CLASSES[rows]
+        us_of(call, [inputs_of(shape, count, weight) for weight in context]) for count in CLASSES[rows]
     )
 
 
@@ -147,15 +145,14 @@ def general(times: Mapping[str, Mapping[Any, float]]) -> Mapping[str, Any]:
     """For each class of rows, gated and not, the tiling that is best over all layers."""
     groups: dict[str, list[Mapping[Any, float]]] = {}
     for key, each in times.items():
-        rows = int(key.rpartition(" ")[2])
-        groups.setdefault(general_key(" gated " in key, rows), []).append(each)
+        dtype, *sizes, rows = key.split()
+        groups.setdefault(general_key("gated" in sizes, int(rows), dtype_of(dtype)), []).append(each)
     return {key: best_of_all(found) for key, found in groups.items()}
 
 
 LINEAR = Tunable(
     ops=("linear", "silu_gated_linear"),
     kernel="linear",
-    dtype="bfloat16",
     source=source,
     jobs=jobs,
     candidates=candidates,

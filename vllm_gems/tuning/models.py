@@ -2,34 +2,46 @@
 
 from __future__ import annotations
 
+import functools
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 from ..kernels.linear import Shape
+from ..kernels.moe_experts import Experts
+
+Result = TypeVar("Result")
 
 # The models that a family's name stands for: the numbers of their public configurations.
 PRESETS: dict[str, tuple[dict[str, Any], ...]] = {
     "llama": (
-        {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8},  # 8B
-        {"hidden_size": 8192, "intermediate_size": 28672, "num_attention_heads": 64, "num_key_value_heads": 8},  # 70B
+        # Llama 3.1: 8B, 70B
+        {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8,
+         "vocab_size": 128256},
+        {"hidden_size": 8192, "intermediate_size": 28672, "num_attention_heads": 64, "num_key_value_heads": 8,
+         "vocab_size": 128256},
     ),
     "qwen": (
-        # Qwen2.5-7B, Qwen3-8B
+        # Qwen2.5-7B, Qwen3-8B, Qwen3-30B-A3B
         {"hidden_size": 3584, "intermediate_size": 18944, "num_attention_heads": 28, "num_key_value_heads": 4,
-         "attention_bias": True},
+         "attention_bias": True, "vocab_size": 152064},
         {"hidden_size": 4096, "intermediate_size": 12288, "num_attention_heads": 32, "num_key_value_heads": 8,
-         "head_dim": 128},
+         "head_dim": 128, "vocab_size": 151936},
+        {"hidden_size": 2048, "intermediate_size": 6144, "num_attention_heads": 32, "num_key_value_heads": 4,
+         "head_dim": 128, "vocab_size": 151936, "moe_intermediate_size": 768, "num_experts": 128,
+         "num_experts_per_tok": 8},
     ),
     "deepseek": (
         # V2-Lite, V3
         {"hidden_size": 2048, "intermediate_size": 10944, "num_attention_heads": 16, "kv_lora_rank": 512,
          "q_lora_rank": None, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128,
-         "moe_intermediate_size": 1408, "n_shared_experts": 2},
+         "vocab_size": 102400, "moe_intermediate_size": 1408, "n_routed_experts": 64, "num_experts_per_tok": 6,
+         "n_shared_experts": 2, "first_k_dense_replace": 1},
         {"hidden_size": 7168, "intermediate_size": 18432, "num_attention_heads": 128, "kv_lora_rank": 512,
          "q_lora_rank": 1536, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128,
-         "moe_intermediate_size": 2048, "n_shared_experts": 1},
+         "vocab_size": 129280, "moe_intermediate_size": 2048, "n_routed_experts": 256, "num_experts_per_tok": 8,
+         "n_shared_experts": 1, "first_k_dense_replace": 3},
     ),
 }  # fmt: skip
 
@@ -70,21 +82,28 @@ def _heads_of_keys(heads: int, ranks: int) -> int:
     return _shared(heads, ranks, "num_key_value_heads")
 
 
-def linears(config: Mapping[str, Any], tp: int = 1) -> list[Shape]:
-    """The different linear layers of a decoder layer on one of `tp` ranks, fused as vLLM fuses them.
+def _sizes(function: Callable[..., Result]) -> Callable[[Mapping[str, Any], int], Result]:
+    """(configuration, ranks) -> what `function` says of its text model; ValueError for a size that is missing."""
 
-    Raises ValueError for a configuration that lacks a size, or a `tp` that does not divide one.
-    """
-    try:
-        return _linears(config.get("text_config") or config, tp)
-    except KeyError as error:
-        raise ValueError(f"the configuration has no {error}, so it is not that of a decoder") from None
+    @functools.wraps(function)
+    def asked(config: Mapping[str, Any], tp: int = 1) -> Result:
+        try:
+            return function(config.get("text_config") or config, tp)
+        except KeyError as error:
+            raise ValueError(f"the configuration has no {error}, so it is not that of a decoder") from None
+
+    return asked
 
 
-def _linears(config: Mapping[str, Any], tp: int) -> list[Shape]:
+# On one of `tp` ranks, fused as vLLM fuses them. All raise ValueError for a configuration that lacks a size, or a `tp`
+# that does not divide one.
+
+
+@_sizes
+def linears(config: Mapping[str, Any], tp: int) -> list[Shape]:
+    """The different linear layers of a decode step's decoder layers."""
     hidden, heads = config["hidden_size"], config["num_attention_heads"]
-    intermediate = config["intermediate_size"]
-    bias = bool(config.get("attention_bias") or config.get("model_type") == "qwen2")
+    bias = bool(config.get("attention_bias") or config.get("model_type") in ("qwen2", "qwen2_moe"))
     mine = _shared(heads, tp, "num_attention_heads")
     found: list[Shape] = []
     if config.get("kv_lora_rank"):
@@ -99,10 +118,77 @@ def _linears(config: Mapping[str, Any], tp: int) -> list[Shape]:
         size = config.get("head_dim") or hidden // heads
         pairs = _heads_of_keys(config.get("num_key_value_heads") or heads, tp)
         found += [Shape(hidden, (mine + 2 * pairs) * size, bias), Shape(mine * size, hidden)]
-    widths = [intermediate]
-    if shared := config.get("n_shared_experts"):
-        widths.append(shared * config["moe_intermediate_size"])
-    for width in widths:
+    if experts := _num_experts(config):
+        found.append(Shape(hidden, experts))  # each rank has the whole gate
+    for width in _widths(config):
         width = _shared(width, tp, "intermediate_size")
         found += [Shape(hidden, width, gated=True), Shape(width, hidden)]
     return list(dict.fromkeys(found))
+
+
+def _num_experts(config: Mapping[str, Any]) -> int:
+    """0: it is no mixture."""
+    names = ("n_routed_experts", "num_experts", "num_local_experts")
+    return next((config[name] for name in names if config.get(name)), 0)
+
+
+def _widths(config: Mapping[str, Any]) -> Iterator[int]:
+    """Of the gated layers: dense ones, which a mixture may have some of, and experts that all tokens go to."""
+    dense = config.get("first_k_dense_replace") or config.get("mlp_only_layers")
+    if not _num_experts(config) or dense or config.get("decoder_sparse_step", 1) > 1:
+        yield config["intermediate_size"]
+    if shared := config.get("n_shared_experts"):
+        yield shared * config["moe_intermediate_size"]
+    if shared := config.get("shared_expert_intermediate_size"):
+        yield shared
+
+
+@_sizes
+def all_linears(config: Mapping[str, Any], tp: int) -> list[Shape]:
+    """Those of a prefill too, which takes keys and values out of the latent; a decode step does not."""
+    found = linears(config, tp)
+    if latent := config.get("kv_lora_rank"):
+        mine = _shared(config["num_attention_heads"], tp, "num_attention_heads")
+        found.append(Shape(latent, mine * (config["qk_nope_head_dim"] + config["v_head_dim"])))
+    return list(dict.fromkeys(found))
+
+
+class PerHead(NamedTuple):
+    """A product for each head: [rows, inner] @ [inner, cols]."""
+
+    heads: int
+    inner: int
+    cols: int
+    transposed: bool  # the weight lies as [cols, inner]
+
+
+@_sizes
+def absorbed(config: Mapping[str, Any], tp: int) -> list[PerHead]:
+    """The products of every head into the latent and out of it."""
+    latent = config.get("kv_lora_rank")
+    if not latent:
+        return []
+    mine = _shared(config["num_attention_heads"], tp, "num_attention_heads")
+    return [
+        PerHead(mine, config["qk_nope_head_dim"], latent, transposed=False),
+        PerHead(mine, latent, config["v_head_dim"], transposed=True),
+    ]
+
+
+@_sizes
+def vocabulary(config: Mapping[str, Any], tp: int) -> Shape | None:
+    """The layer that gives logits; as many rows has the embedding. None if the configuration does not say its size."""
+    size = config.get("vocab_size")
+    return Shape(config["hidden_size"], _shared(-(-size // 64) * 64, tp, "vocab_size")) if size else None
+
+
+@_sizes
+def mixture(config: Mapping[str, Any], tp: int) -> Experts | None:
+    """The experts that tokens are routed to; None if there are none."""
+    count = _num_experts(config)
+    if not count:
+        return None
+    width = config.get("moe_intermediate_size") or config["intermediate_size"]
+    return Experts(
+        count, config["num_experts_per_tok"], config["hidden_size"], _shared(width, tp, "moe_intermediate_size")
+    )

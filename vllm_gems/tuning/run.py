@@ -7,13 +7,14 @@ from typing import Any
 
 from .. import tuned
 from .models import configurations
-from .search import Job, NothingFoundError, Tunable, chosen, compiled, generalise, keep, pending, search, tried
+from .search import Job, NothingFoundError, Scope, Tunable, chosen, compiled, generalise, keep, pending, search, tried
 from .workers import Worker
 
 
 def pretune(
     model: str,
     *,
+    dtype: str = "bfloat16",
     tp: int = 1,
     max_tokens: int = 16384,
     max_reqs: int = 1024,
@@ -23,9 +24,10 @@ def pretune(
     """Measure what the store does not have yet, job by job, and keep each result at once: a run that was stopped goes
     on where it was. A job that has no right candidate does not end it.
 
-    Returns {"jobs": [{"kernel", "key"} and one of "candidates" (a dry run), "us" with "of" (candidates), "known",
-    "failed" (why)], "lines": [what to print]}. Raises ValueError for a model or an op that is not known, for `tp` that
-    does not divide a layer, without a GPU, and where results cannot be written.
+    Returns {"jobs": [{"kernel", "key"} and one of "candidates" (a dry run), "us" with "of" (candidates) and "default"
+    (its us; None if it is out of the question), "known", "failed" (why)], "lines": [what to print]}. Raises ValueError
+    for a model or an op that is not known, for `tp` that does not divide a layer, without a GPU, and where results
+    cannot be written.
     """
     for name, value in (("--tp", tp), ("--max-tokens", max_tokens), ("--max-reqs", max_reqs)):
         if value < 1:
@@ -34,8 +36,9 @@ def pretune(
     configs = configurations(model)
     jobs = []
     for tunable in wanted:
-        every = [job for config in configs for job in tunable.jobs(config, tp, max_tokens, max_reqs)]
-        jobs.append((tunable, list(dict.fromkeys(every))))
+        scopes = [Scope(config, tp, max_tokens, max_reqs, dtype) for config in configs]
+        every = {job.key: job for scope in scopes for job in tunable.jobs(scope) if job.op in tunable.ops}
+        jobs.append((tunable, list(every.values())))
     if dry_run:
         return _told([
             {"kernel": tunable.kernel, "key": job.key, "candidates": len(tunable.candidates(job))}
@@ -80,7 +83,9 @@ def _measured(tunable: Tunable, every: list[Job], gpu: str, arch: int, worker: W
                 rows.append({**row, "failed": str(error)})
                 continue
             keep(tunable, gpu, job, outcome)
-            rows.append({**row, "us": outcome.us, "of": len(outcome.times)})
+            rows.append({
+                **row, "us": outcome.us, "of": len(outcome.times), "default": outcome.times.get(candidates[0]),
+            })  # fmt: skip
     generalise(tunable, gpu)  # again, if all were known: the last run may have been stopped before it
     return rows
 
@@ -105,7 +110,7 @@ def _must_be_writable(kernel: str, gpu: str) -> None:
 
 
 def _told(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    lines = [f"{row['kernel']:24} {row['key']:28} {_outcome(row)}" for row in rows]
+    lines = [f"{row['kernel']:24} {row['key']:36} {_outcome(row)}" for row in rows]
     summary = f"{len(rows)} jobs"
     if failed := sum("failed" in row for row in rows):
         summary += f", {failed} without a result"
@@ -116,7 +121,8 @@ def _told(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 def _outcome(row: dict[str, Any]) -> str:
     if "us" in row:
-        return f"{row['us']:9.1f} us, the best of {row['of']}"
+        gain = f", the default takes {row['default']:.1f}" if row["default"] else ""
+        return f"{row['us']:9.1f} us, the best of {row['of']}{gain}"
     if "failed" in row:
         return f"failed: {row['failed']}"
     return "measured before" if "known" in row else f"{row['candidates']} candidates"

@@ -9,18 +9,37 @@ import statistics
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from .. import tuned
 from .workers import Crashed, Worker
 
 
+class Scope(NamedTuple):
+    """What jobs are made for: a model, and the steps that it may have."""
+
+    config: Mapping[str, Any]
+    tp: int  # ranks of tensor parallelism
+    max_tokens: int  # of one step
+    max_reqs: int
+    dtype: str
+
+    @property
+    def most_reqs(self) -> int:
+        """Tokens of the largest decode step."""
+        return min(self.max_tokens, self.max_reqs)
+
+
 class Job(NamedTuple):
-    """One search: what to call its result in the store, and what it is about, in the kernel's own terms."""
+    """One search: what to call its result in the store, what it is about in the kernel's own terms, and for which op.
+
+    The key says all that a result is for, the dtype too.
+    """
 
     key: str
     about: Any
+    op: str  # of its Tunable
 
 
 @dataclass(frozen=True)
@@ -32,11 +51,9 @@ class Tunable:
 
     ops: tuple[str, ...]  # as --ops names them
     kernel: str  # under which the store keeps them
-    dtype: str  # of what is measured; a kernel that needs more than one has them in its keys
     source: Callable[[], str]
-    # (model's configuration, ranks of tensor parallelism, most tokens of a step, most requests) -> jobs
-    jobs: Callable[[Mapping[str, Any], int, int, int], Iterable[Job]]
-    candidates: Callable[[Job], Sequence[Any]]
+    jobs: Callable[[Scope], Iterable[Job]]
+    candidates: Callable[[Job], Sequence[Any]]  # the first is what the kernel takes where nothing was measured
     # (job, candidate, architecture), in a process of its own that leaves the GPU alone: machine code into Triton's
     # cache. Raises what compilers raise.
     compile: Callable[[Job, Any, int], None]
@@ -45,8 +62,9 @@ class Tunable:
     error: Callable[[Job, Any, Any], float]  # relative, against float32; NaN is wrong, too
     tolerance: float
     us: Callable[[Job, Any, Any], float]
-    # (keys and the times of their candidates) -> configurations for what was not measured itself
-    general: Callable[[Mapping[str, Mapping[Any, float]]], Mapping[str, Any]]
+    # (keys and the times of their candidates) -> configurations for what was not measured itself; None if that takes
+    # the kernel's default
+    general: Callable[[Mapping[str, Mapping[Any, float]]], Mapping[str, Any]] | None = None
 
 
 class Outcome(NamedTuple):
@@ -100,9 +118,10 @@ def trial(tunable: Tunable, job: Job, candidate: Any, device: str) -> float | st
 def _trial_and_check(tunable: Tunable, job: Job, candidate: Any, device: str) -> float | str:
     """`trial` in a process of its own, which ends itself where its GPU answers nothing but errors any more."""
     found = trial(tunable, job, candidate, device)
-    if isinstance(found, str) and sys.modules["torch"].cuda.is_initialized():
+    torch = sys.modules.get("torch")
+    if isinstance(found, str) and torch is not None and torch.cuda.is_initialized():
         try:
-            sys.modules["torch"].cuda.synchronize()
+            torch.cuda.synchronize()
         except Exception:
             os._exit(1)
     return found
@@ -131,7 +150,6 @@ def keep(tunable: Tunable, gpu: str, job: Job, outcome: Outcome) -> None:
         "us": round(outcome.us, 2),
         "times": [[candidate._asdict(), round(us, 2)] for candidate, us in outcome.times.items()],
         "gpu": gpu,
-        "dtype": tunable.dtype,
         "versions": tuned.versions(),
         "source": tunable.source(),
     })  # fmt: skip
@@ -146,13 +164,12 @@ def generalise(tunable: Tunable, gpu: str) -> None:
         if tuned.stale(entry, source) is None and "times" in entry:
             fields = tuple(entry["configuration"])
             times[entry["key"]] = {tuple(found[name] for name in fields): us for found, us in entry["times"]}
-    for key, best in tunable.general(times).items():
+    for key, best in tunable.general(times).items() if tunable.general else ():
         configuration = dict(zip(fields, best, strict=True))
         tuned.write(tunable.kernel, gpu, {
             "key": key,
             "configuration": configuration,
             "gpu": gpu,
-            "dtype": tunable.dtype,
             "versions": tuned.versions(),
             "source": source,
         })  # fmt: skip
@@ -210,17 +227,24 @@ def compiled(
 
 def tunables() -> list[Tunable]:
     """All there are."""
+    from .indexing import INDEX
     from .linear import LINEAR
+    from .matmul import MATMUL
+    from .moe_experts import MOE_EXPERTS
 
-    return [LINEAR]
+    return [LINEAR, MATMUL, INDEX, MOE_EXPERTS]
 
 
 def chosen(ops: str | None) -> list[Tunable]:
-    """Those that `--ops` names, all if it is None. Raises ValueError for an op that none has."""
+    """Those that `--ops` names, each with the ops that it names; all if it is None.
+
+    Raises ValueError for an op that none has.
+    """
     every = tunables()
     known = [op for tunable in every for op in tunable.ops]
     wanted = known if ops is None else [op.strip() for op in ops.split(",")]
     for op in wanted:
         if op not in known:
             raise ValueError(f"--ops {op}: nothing to tune there; kernels with configurations are {', '.join(known)}")
-    return [tunable for tunable in every if not set(wanted).isdisjoint(tunable.ops)]
+    narrowed = [replace(tunable, ops=tuple(op for op in tunable.ops if op in wanted)) for tunable in every]
+    return [tunable for tunable in narrowed if tunable.ops]

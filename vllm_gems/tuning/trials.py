@@ -1,0 +1,42 @@
+"""What trials on a GPU share: how many inputs no cache holds, and how wrong a result is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+
+# Relative distance from the float32 reference in 16 bits: one rounding, which is 2**-8 of a bfloat16 at most.
+TOLERANCE = 4e-3
+SHARED_MEMORY = 220 * 1024  # bytes a program may have on an H100, some left for Triton
+
+
+def copies(nbytes: int) -> int:
+    """Of inputs of this size, to go through in turn: as many as no cache holds, where that takes few enough to make."""
+    return min(256, max(2, -(-(192 << 20) // max(nbytes, 1))))
+
+
+def worst_error(got: torch.Tensor, want: torch.Tensor) -> float:
+    """The largest relative distance of a row or a column of matrices, in its norm.
+
+    A wrong row among thousands is nothing in the norm of the whole. What a column of few elements is relative to may be
+    close to zero, so these are not looked at by themselves.
+    """
+    distance, size = (got.float() - want.float()).square(), want.float().square()
+    errors = [(distance.sum(dim) / size.sum(dim)).flatten() for dim in (-1, -2) if want.shape[dim] >= 8]
+    return float(torch.cat(errors).max().sqrt())  # NaN in any is NaN here
+
+
+def worst(errors: Iterable[float]) -> float:
+    """The largest; NaN if there is one, which `max` would lose."""
+    return float(torch.tensor(list(errors)).max())
+
+
+def us_of(call: Callable[..., Any], sets: list[dict[str, Any]]) -> float:
+    """Microseconds of GPU time."""
+    from .timing import gpu_us
+
+    found = gpu_us({"it": call}, sets, repeats=3)["it"]
+    torch.cuda.empty_cache()  # each graph has memory of its own, which no other is given before that
+    return found
