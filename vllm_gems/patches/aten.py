@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from ..aten.along import Along, Normalise
+from ..aten.convolution import Convolution
 from ..aten.elementwise import Elementwise
 from ..aten.indexing import INDEXING
 from ..aten.overloads import Overload, Row, is_replaceable, name_of, overloads_of
@@ -139,6 +140,7 @@ ROWS: tuple[Row, ...] = (
     Product("addmm", "mat1", "mat2", input="self"),
     Product("baddbmm", "batch1", "batch2", input="self"),
     Product("addmv", "mat", "vec", input="self"),
+    Convolution("convolution"),
 )
 
 
