@@ -50,6 +50,8 @@ REGISTERS: dict[str, Registers] = {
     "_linear_kernel": Registers(168, 256),
     # Up to 128 sums a thread of eight warps, the only program of an SM: nobody else needs its registers.
     "_matmul_kernel": Registers(255, 512),
+    # The same, and the place of each element that is on its way.
+    "_convolution_kernel": Registers(255, 512),
     # As of a linear layer, with the pairs of an expert beside them.
     "_moe_experts_kernel": Registers(168, 256),
     # Eight ids a thread and their ranks: few programs.

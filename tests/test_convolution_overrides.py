@@ -53,10 +53,10 @@ CASES = {
     "padded in one direction": Case(padding=(0, 1)),
     "strides": Case(stride=(2, 3), padding=(1, 1)),
     "dilated": Case(size=(13, 10), dilation=(3, 2), padding=(2, 1)),
-    "everything": Case(3, 7, (12, 15), 33, (2, 4), (3, 1), (1, 3), (1, 2)),
+    "everything": Case(3, 7, (12, 9), 18, (2, 4), (3, 1), (1, 3), (1, 2)),
     "1x1": Case(channels=19, filters=18, kernel=(1, 1)),
     "1x1 with strides": Case(kernel=(1, 1), stride=(2, 3), padding=(1, 0)),
-    "patches": Case(1, 3, (28, 42), 20, (14, 14), (14, 14)),
+    "patches": Case(1, 3, (28, 42), 10, (14, 14), (14, 14)),
     "one window": Case(2, 16, (3, 3), 17, (3, 3)),
     "the image is in the padding": Case(1, 1, (1, 1), 1, (3, 3), padding=(2, 1)),
 }
@@ -95,9 +95,13 @@ def seed() -> None:
     torch.manual_seed(0)
 
 
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_images(case: Case, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [(name, torch.float32) for name in CASES] + [(name, dtype) for dtype in DTYPES[1:] for name in ("everything", "1x1")],
+    ids=str,
+)
+def test_images(name: str, dtype: torch.dtype) -> None:
+    case = CASES[name]
     x, weight, bias = case.tensors(dtype)
     for last in (False, True):
         given = in_format(x, last), in_format(weight, last), None if last else bias
@@ -145,7 +149,7 @@ def test_results_are_in_the_format_that_pytorch_gives_them(channels: int, last: 
         assert_as_pytorch(mine, other, check_stride=True, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
 @pytest.mark.parametrize("layout", [gapped, misaligned])
 def test_tensors_are_read_where_they_lie(layout: Any, dtype: torch.dtype) -> None:
     """Weights and biases too, whose elements need not be beside each other; and what is repeated."""
@@ -158,10 +162,10 @@ def test_tensors_are_read_where_they_lie(layout: Any, dtype: torch.dtype) -> Non
         check(functional.conv2d(x, weight, bias, *case.arguments), x, weight, bias, case)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
 def test_channels_that_are_read_16_bytes_at_a_time(dtype: torch.dtype) -> None:
     """They are the innermost of what is summed, in large tiles if the memory is aligned."""
-    for case in (Case(channels=32, filters=16, padding=(1, 0)), Case(channels=48, kernel=(1, 1))):
+    for case in (Case(1, 32, (5, 6), 16, padding=(1, 0)), Case(1, 48, filters=16, kernel=(1, 1))):
         x, weight, bias = case.tensors(dtype)
         x, weight = in_format(x, True), in_format(weight, True)
         odd = misaligned((x.numel(),), dtype).as_strided(x.shape, x.stride(), 1).copy_(x)
@@ -174,7 +178,7 @@ TILINGS = (Tiling(128, 256, 64, 8, 3), Tiling(16, 16, 16, 4, 1), Tiling(32, 64, 
 
 
 @pytest.mark.parametrize("tiling", TILINGS, ids=str)
-@pytest.mark.parametrize("case", [Case(2, 16, (12, 10), 64, (3, 3)), CASES["everything"]], ids=["whole", "ragged"])
+@pytest.mark.parametrize("case", [Case(2, 16, (6, 6), 32, (3, 3)), CASES["everything"]], ids=["whole", "ragged"])
 def test_every_tile_computes_the_same(tiling: Tiling, case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     """With rows, columns and depths that are whole numbers of tiles, and that are not."""
     monkeypatch.setattr(kernel, "tiling_for", lambda *args: tiling)
@@ -233,14 +237,21 @@ def test_results_are_written_where_they_are_wanted(layout: Any) -> None:
     check(out, x, weight, bias, case)
     if layout is gapped:  # what lies in the gaps is as it was
         assert base.isnan().sum().item() == before
-    with overridden("convolution", hits=0, declined="another shape"):
-        torch.ops.aten.convolution.out(*arguments, out=torch.empty(0, device=DEVICE))
-    with overridden("convolution", hits=0, declined="shares memory"):
-        torch.ops.aten.convolution.out(*arguments, out=x.flatten()[:1].as_strided((2, 5, 7, 10), (0, 0, 0, 0)))
+
+
+def test_results_that_pytorch_copies_to_where_they_are_wanted() -> None:
+    """It convolves into new memory first, which is ours again."""
+    case = Case(channels=5, kernel=(1, 1))
+    x, weight, bias = case.tensors(torch.float32)
+    expected = functional.conv2d(x, weight, bias)
+    for declined, out in {"another shape": torch.empty(0, device=DEVICE), "shares memory with": x}.items():
+        with overridden("convolution", declined=declined):
+            torch.ops.aten.convolution.out(x, weight, bias, [1, 1], [0, 0], [1, 1], False, [0, 0], 1, out=out)
+        assert_as_pytorch(out, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_gradients() -> None:
-    """PyTorch's, of our result; gradients of gradients are convolutions again, some of them transposed."""
+    """PyTorch's, of our result; in gradients of gradients there are three convolutions more, and transposed ones."""
     case = Case(padding=(1, 0), stride=(2, 1))
 
     def gradients() -> list[torch.Tensor]:
@@ -251,7 +262,7 @@ def test_gradients() -> None:
         return [*first, *torch.autograd.grad(sum(each.square().sum() for each in first), tensors)]
 
     expected = gradients()
-    with overridden("convolution", hits=2):
+    with overridden("convolution", hits=4, declined="is transposed"):
         got = gradients()
     for mine, other in zip(got, expected, strict=True):
         assert_as_pytorch(mine, other, rtol=1e-4, atol=1e-2)
@@ -263,7 +274,7 @@ def test_modules_under_autocast() -> None:
     with overridden("convolution"), torch.autocast(DEVICE, torch.bfloat16):
         got = module(x)
     case = Case(stride=(7, 7))
-    check(got, x.bfloat16(), module.weight.bfloat16(), module.bias.bfloat16(), case)
+    check(got, x.bfloat16(), *(each.detach().bfloat16() for each in (module.weight, module.bias)), case)
 
 
 def test_other_convolutions_are_pytorchs() -> None:
@@ -271,9 +282,8 @@ def test_other_convolutions_are_pytorchs() -> None:
     for declined, call in {
         "has 2 groups": lambda: functional.conv2d(x, weight[:, :2], bias, groups=2),
         "is transposed": lambda: functional.conv_transpose2d(x, weight, bias),
-        "of 3 dimensions": lambda: functional.conv3d(x[None], weight[None, :1, None].expand(4, 2, 1, 3, 2)),
+        "of 3 dimensions": lambda: functional.conv3d(x[None], weight[:2, :2, None]),
         "multiplies torch.float64": lambda: functional.conv2d(x.double(), weight.double()),
-        "multiplies torch.complex64": lambda: functional.conv2d(x.cfloat(), weight.cfloat()),
     }.items():
         with overridden("convolution", hits=0, declined=declined):
             got = call()
@@ -291,7 +301,7 @@ def test_errors_are_pytorchs() -> None:
     }.items():
         with overridden("convolution", hits=0, declined="not do it either"), pytest.raises(RuntimeError, match=words):
             call()
-    with overridden("convolution", hits=0, declined="adds torch.bfloat16"), pytest.raises(RuntimeError):
+    with overridden("convolution", hits=0), pytest.raises(RuntimeError, match="bias"):
         functional.conv2d(x, weight, bias.bfloat16())
 
 

@@ -27,6 +27,8 @@ NAMES = {
     "log_softmax": "_log_softmax",
     "nn.functional.layer_norm": "native_layer_norm",
     "nn.functional.group_norm": "native_group_norm",
+    "nn.functional.conv1d": "convolution",
+    "nn.functional.conv2d": "convolution",
 }
 
 

@@ -41,8 +41,8 @@ def _convolution_kernel(
     # Strides: None is 1
     x_image, x_channel, x_row, x_col,
     weight_out, weight_channel, weight_row, weight_col,  # weight_channel that of what is summed if FLAT
-    bias_out,
     out_image, out_channel, out_row, out_col,
+    bias_out,
     # Constexprs
     KERNEL_H: tl.constexpr,
     KERNEL_W: tl.constexpr,
@@ -189,15 +189,15 @@ def convolution_build(call: Convolved, aligned: bool) -> tuple[Build, int, tuple
     else:
         add_strides((call.weight[0], flat), (cols, call.inner))
         scalars.leave_out(2)
-    # Channels of a window are beside each other in both, and each of its places begins at a multiple of 16 of them.
-    hinted = all(kind is None or kind.endswith("/16") for kind in scalars.types[-8:])
-    together = (call.x[1], flat) == (1, 1) and channels % 16 == 0 and (last or kernel_h * kernel_w == 1)
-    wide = aligned and hinted and together
+    add_strides(call.out, call.out_shape)
+    # Channels are beside each other in all three, in whole pieces of 16.
+    hinted = all(kind is None or kind.endswith("/16") for kind in scalars.types[-12:])
+    together = (call.x[1], flat, call.out[1]) == (1, 1, 1) and (last or kernel_h * kernel_w == 1)
+    wide = aligned and hinted and together and channels % 16 == 0 and cols % 16 == 0
     if call.bias is None:
         scalars.leave_out()
     else:
         add_strides((call.bias,), (cols,))
-    add_strides(call.out, call.out_shape)
 
     dtype = pointer(call.dtype)
     tiling = tiling_for(1, call.rows, cols, call.inner, call.dtype.itemsize, wide)
