@@ -115,6 +115,9 @@ def _convolution_kernel(
     tl.store(out_at, total.to(out_ptr.dtype.element_ty), mask=row_live[:, None] & col_live[None, :])
 
 
+# Of a tile: of products of matrices they are more, but here the places of elements take registers too.
+_MOST_COLS = 128
+
 Four = tuple[int, int, int, int]
 Two = tuple[int, int]
 
@@ -200,7 +203,9 @@ def convolution_build(call: Convolved, aligned: bool) -> tuple[Build, int, tuple
         add_strides((call.bias,), (cols,))
 
     dtype = pointer(call.dtype)
-    tiling = tiling_for(1, call.rows, cols, call.inner, call.dtype.itemsize, wide)
+    # As if of several products with columns for one tile each.
+    parts = -(-cols // _MOST_COLS)
+    tiling = tiling_for(parts, call.rows, min(cols, _MOST_COLS), call.inner, call.dtype.itemsize, wide)
     build = Build(
         function=_convolution_kernel,
         types=(dtype, dtype, None if call.bias is None else dtype, dtype, *scalars.types),
