@@ -95,6 +95,10 @@ class Maker:
                 "self": lambda: self.values(few, tokens, few), "batch1": lambda: self.values(few, tokens, few),
                 "batch2": lambda: self.values(few, few, few),
             },
+            "arange": {
+                "start": lambda: 0, "end": lambda: tokens * hidden, "step": lambda: 1, "dtype": lambda: self.dtype,
+                "device": lambda: torch.device(self.device),
+            },
             "convolution": {  # patches of images, as of a vision model
                 "input": lambda: self.values(max(tokens // 32, 1), 3, 14 * min(few, 24), 14 * min(few, 24)),
                 "weight": lambda: self.values(hidden // 4, 3, 14, 14), "bias": lambda: self.values(hidden // 4),

@@ -76,6 +76,8 @@ REGISTERS: dict[str, Registers] = {
     # Eight elements a thread: places in five tensors of five dimensions, three of them of indices, in 64 bits where
     # they reach that far. In 32 bits it takes half.
     "_indexed_copy_kernel": Registers(168, 96),
+    # Eight numbers a thread, in 64 bits.
+    "_arange_kernel": Registers(64, 64),
     # A group's query heads and their accumulator, and the addresses of two tiles: 12 warps, which are the three
     # programs whose tiles are in shared memory. AMD: 256, as its tiles are on their way in registers too.
     "_decode_attention_kernel": Registers(168, 256),

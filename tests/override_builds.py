@@ -11,6 +11,7 @@ import torch
 from vllm_gems.aten.elementwise import Elementwise
 from vllm_gems.aten.overloads import overloads_of
 from vllm_gems.kernels import along
+from vllm_gems.kernels.arange import COMPUTE, arange_build
 from vllm_gems.kernels.convolution import Convolved, Two, convolution_build
 from vllm_gems.kernels.indexing import MAX_DIMS, MAX_INDICES, Index, Move, move_builds
 from vllm_gems.kernels.matmul import Matrices, matmul_build
@@ -147,6 +148,12 @@ def indexing(everything: bool) -> Iterator[Override]:
                 yield Override(way.build, label_of, "as bytes")
 
 
+def aranges(everything: bool) -> Iterator[Override]:
+    """Of all dtypes, and with a stride."""
+    for dtype in COMPUTE if everything else (torch.bfloat16,):
+        yield Override(arange_build(dtype, dtype is not torch.float64), "arange", str(dtype))
+
+
 def products(everything: bool) -> Iterator[Override]:
     """Every tile, of weights as they lie and transposed, with sizes that fill it and that do not; gaps, and batches."""
     sizes = {
@@ -208,7 +215,9 @@ def convolutions(everything: bool) -> Iterator[Override]:
         "gaps": odd._replace(x=(214517, 6500, 114, 2), weight=(2000, 60, 20, 4), bias=2, out=(400000, 1600, 40, 2)),
         "a signal": call((8, 80, 1, 3000), (1280, 80, 1, 3), padding=(0, 1)),
         "odd sizes": odd,
-        "odd sizes, channels last": call((31, 256, 57, 57), (250, 256, 3, 3), padding=(1, 1), last=True, weight_last=True),
+        "odd sizes, channels last": call(
+            (31, 256, 57, 57), (250, 256, 3, 3), padding=(1, 1), last=True, weight_last=True
+        ),
         "an image channels last": call((31, 33, 57, 57), (250, 33, 3, 5), (2, 3), (1, 2), (2, 1), last=True),
         "3x3": call((32, 256, 56, 56), (256, 256, 3, 3), padding=(1, 1)),
         "3x3, channels last": call((32, 256, 56, 56), (256, 256, 3, 3), padding=(1, 1), last=True, weight_last=True),
@@ -235,6 +244,7 @@ FAMILIES = {
     "reductions": reductions,
     "along a dimension": along_dimensions,
     "indexing": indexing,
+    "arange": aranges,
     "products": products,
     "convolutions": convolutions,
 }

@@ -97,7 +97,10 @@ def seed() -> None:
 
 @pytest.mark.parametrize(
     ("name", "dtype"),
-    [(name, torch.float32) for name in CASES] + [(name, dtype) for dtype in DTYPES[1:] for name in ("everything", "1x1")],
+    [
+        *((name, torch.float32) for name in CASES),
+        *((name, dtype) for name in ("everything", "1x1") for dtype in DTYPES[1:]),
+    ],
     ids=str,
 )
 def test_images(name: str, dtype: torch.dtype) -> None:
@@ -128,7 +131,7 @@ def test_signals(case: Case) -> None:
 def test_results_are_in_the_format_that_pytorch_gives_them(channels: int, last: bool, weight_last: bool) -> None:
     """Which of both decides is not the same for signals, nor with one channel."""
     case = Case(channels=channels)
-    x, weight, bias = case.tensors(torch.float32)
+    x, weight, _ = case.tensors(torch.float32)
     x, weight = in_format(x, last), in_format(weight, weight_last)
     with overridden("convolution", hits=5):
         got = functional.conv2d(x, weight)
@@ -149,8 +152,7 @@ def test_results_are_in_the_format_that_pytorch_gives_them(channels: int, last: 
         assert_as_pytorch(mine, other, check_stride=True, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
-@pytest.mark.parametrize("layout", [gapped, misaligned])
+@pytest.mark.parametrize(("layout", "dtype"), [(gapped, torch.float32), (misaligned, torch.bfloat16)], ids=str)
 def test_tensors_are_read_where_they_lie(layout: Any, dtype: torch.dtype) -> None:
     """Weights and biases too, whose elements need not be beside each other; and what is repeated."""
     case = CASES["everything"]
@@ -219,7 +221,7 @@ def test_what_is_no_number_spreads_as_far_as_its_windows() -> None:
     with overridden("convolution"):
         got = functional.conv2d(x, weight, bias, *case.arguments)
     expected = functional.conv2d(x, weight, bias, *case.arguments)
-    assert expected.isfinite().any() and not expected.isfinite().all()
+    assert 0 < expected.isfinite().sum() < expected.numel()
     assert_as_pytorch(got, expected, equal_nan=True, rtol=1e-4, atol=1e-4)
 
 

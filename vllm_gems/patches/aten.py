@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from ..aten.along import Along, Normalise
+from ..aten.arange import Arange
 from ..aten.convolution import Convolution
 from ..aten.elementwise import Elementwise
 from ..aten.indexing import INDEXING
@@ -132,6 +133,7 @@ ROWS: tuple[Row, ...] = (
     # Memory
     *_rows(("copy",), only="src", converts=True, in_place=True),
     *_rows(("fill", "zero"), only="self"),
+    Arange("arange"),
     *INDEXING,
     # Products of matrices
     Product("mm", "self", "mat2"),
