@@ -91,8 +91,10 @@ def as_signals(case: Case, *tensors: torch.Tensor) -> tuple[Case, tuple[torch.Te
 
 
 @pytest.fixture(autouse=True)
-def seed() -> None:
+def setting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seeded, and with PyTorch's sums of products in float32, as ours are."""
     torch.manual_seed(0)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
 
 
 @pytest.mark.parametrize(

@@ -113,6 +113,12 @@ def compare(got: Any, expected: Any, label: str) -> None:
         same(got, expected, label)
 
 
+@pytest.fixture(autouse=True)
+def precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of convolutions in float32, which PyTorch otherwise does in TF32 on a GPU."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
 @pytest.mark.parametrize("info", INFOS, ids=identity)
 def test_samples(info: Any) -> None:
     calls = calls_on(info)
