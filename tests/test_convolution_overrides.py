@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import pytest
@@ -91,10 +92,11 @@ def as_signals(case: Case, *tensors: torch.Tensor) -> tuple[Case, tuple[torch.Te
 
 
 @pytest.fixture(autouse=True)
-def setting(monkeypatch: pytest.MonkeyPatch) -> None:
+def setting() -> Iterator[None]:
     """Seeded, and with PyTorch's sums of products in float32, as ours are."""
     torch.manual_seed(0)
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        yield
 
 
 @pytest.mark.parametrize(

@@ -114,9 +114,10 @@ def compare(got: Any, expected: Any, label: str) -> None:
 
 
 @pytest.fixture(autouse=True)
-def precision(monkeypatch: pytest.MonkeyPatch) -> None:
+def precision() -> Iterator[None]:
     """Of convolutions in float32, which PyTorch otherwise does in TF32 on a GPU."""
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        yield
 
 
 @pytest.mark.parametrize("info", INFOS, ids=identity)
