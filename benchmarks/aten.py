@@ -97,6 +97,16 @@ class Maker:
                 "self": lambda: self.values(few, tokens, few), "batch1": lambda: self.values(few, tokens, few),
                 "batch2": lambda: self.values(few, few, few),
             },
+            "arange": {
+                "start": lambda: 0, "end": lambda: tokens * hidden, "step": lambda: 1, "dtype": lambda: self.dtype,
+                "device": lambda: torch.device(self.device),
+            },
+            "convolution": {  # patches of images, as of a vision model
+                "input": lambda: self.values(max(tokens // 32, 1), 3, 14 * min(few, 24), 14 * min(few, 24)),
+                "weight": lambda: self.values(hidden // 4, 3, 14, 14), "bias": lambda: self.values(hidden // 4),
+                "stride": lambda: [14, 14], "padding": lambda: [0, 0], "dilation": lambda: [1, 1],
+                "output_padding": lambda: [0, 0], "groups": lambda: 1,
+            },
             "native_layer_norm": {
                 "normalized_shape": lambda: [hidden], "weight": lambda: self.values(hidden),
                 "bias": lambda: self.values(hidden),

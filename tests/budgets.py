@@ -50,6 +50,8 @@ REGISTERS: dict[str, Registers] = {
     "_linear_kernel": Registers(168, 256),
     # Up to 128 sums a thread of eight warps, the only program of an SM: nobody else needs its registers.
     "_matmul_kernel": Registers(255, 512),
+    # The same, and the place of each element that is on its way.
+    "_convolution_kernel": Registers(255, 512),
     # As of a linear layer, with the pairs of an expert beside them.
     "_moe_experts_kernel": Registers(168, 256),
     # Eight ids a thread and their ranks: few programs.
@@ -74,6 +76,8 @@ REGISTERS: dict[str, Registers] = {
     # Eight elements a thread: places in five tensors of five dimensions, three of them of indices, in 64 bits where
     # they reach that far. In 32 bits it takes half.
     "_indexed_copy_kernel": Registers(168, 96),
+    # Eight numbers a thread, in 64 bits.
+    "_arange_kernel": Registers(64, 64),
     # A group's query heads and their accumulator, and the addresses of two tiles: 12 warps, which are the three
     # programs whose tiles are in shared memory. AMD: 256, as its tiles are on their way in registers too.
     "_decode_attention_kernel": Registers(168, 256),

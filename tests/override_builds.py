@@ -11,6 +11,8 @@ import torch
 from vllm_gems.aten.elementwise import Elementwise
 from vllm_gems.aten.overloads import overloads_of
 from vllm_gems.kernels import along
+from vllm_gems.kernels.arange import COMPUTE, arange_build
+from vllm_gems.kernels.convolution import Convolved, Two, convolution_build
 from vllm_gems.kernels.indexing import MAX_DIMS, MAX_INDICES, Index, Move, move_builds
 from vllm_gems.kernels.matmul import Matrices, matmul_build
 from vllm_gems.kernels.pointwise import Pointwise, pointwise_build, walk
@@ -146,6 +148,12 @@ def indexing(everything: bool) -> Iterator[Override]:
                 yield Override(way.build, label_of, "as bytes")
 
 
+def aranges(everything: bool) -> Iterator[Override]:
+    """Of all dtypes, and with a stride."""
+    for dtype in COMPUTE if everything else (torch.bfloat16,):
+        yield Override(arange_build(dtype, dtype is not torch.float64), "arange", str(dtype))
+
+
 def products(everything: bool) -> Iterator[Override]:
     """Every tile, of weights as they lie and transposed, with sizes that fill it and that do not; gaps, and batches."""
     sizes = {
@@ -180,11 +188,63 @@ def _product(call: Matrices, aligned: bool, label: str) -> Override:
     return Override(build, label, str(call.dtype))
 
 
+def convolutions(everything: bool) -> Iterator[Override]:
+    """Of images and a signal, in both memory formats and with gaps, in all tiles."""
+
+    def strides(shape: tuple[int, ...], last: bool = False) -> Any:
+        _, channels, height, width = shape
+        whole = channels * height * width
+        return (whole, 1, width * channels, channels) if last else (whole, height * width, width, 1)
+
+    def call(
+        shape: Any, weight: Any, stride: Two = (1, 1), padding: Two = (0, 0), dilation: Two = (1, 1),
+        last: bool = False, weight_last: bool = False, dtype: torch.dtype = torch.bfloat16,
+    ) -> Convolved:  # fmt: skip
+        spans = [by * (size - 1) + 1 for by, size in zip(dilation, weight[2:], strict=True)]
+        sizes = [(s + 2 * p - span) // by + 1 for s, p, span, by in zip(shape[2:], padding, spans, stride, strict=True)]
+        out = (shape[0], weight[0], *sizes)
+        of_x, of_weight, of_out = strides(shape, last), strides(weight, weight_last), strides(out, last or weight_last)
+        return Convolved(shape, weight, out, of_x, of_weight, 1, of_out, stride, padding, dilation, dtype)
+
+    patches = call((8, 3, 336, 336), (1024, 3, 14, 14), (14, 14))
+    ragged = call((31, 256, 57, 57), (240, 256, 3, 3), padding=(1, 1), last=True, weight_last=True)
+    odd = call((31, 33, 57, 57), (250, 33, 3, 5), (2, 3), (1, 2), (2, 1))
+    calls = {
+        "patches": patches,
+        "ragged tiles, channels last": ragged,
+        "gaps": odd._replace(x=(214517, 6500, 114, 2), weight=(2000, 60, 20, 4), bias=2, out=(400000, 1600, 40, 2)),
+        "a signal": call((8, 80, 1, 3000), (1280, 80, 1, 3), padding=(0, 1)),
+        "odd sizes": odd,
+        "odd sizes, channels last": call(
+            (31, 256, 57, 57), (250, 256, 3, 3), padding=(1, 1), last=True, weight_last=True
+        ),
+        "an image channels last": call((31, 33, 57, 57), (250, 33, 3, 5), (2, 3), (1, 2), (2, 1), last=True),
+        "3x3": call((32, 256, 56, 56), (256, 256, 3, 3), padding=(1, 1)),
+        "3x3, channels last": call((32, 256, 56, 56), (256, 256, 3, 3), padding=(1, 1), last=True, weight_last=True),
+        "1x1": call((32, 256, 56, 56), (512, 256, 1, 1)),
+        "1x1, channels last": call((32, 80, 57, 57), (240, 80, 1, 1), (2, 3), last=True, weight_last=True),
+        "few, channels last": call((1, 64, 14, 14), (64, 64, 3, 3), padding=(1, 1), last=True, weight_last=True),
+        "tiny": call((1, 3, 5, 7), (5, 3, 2, 3)),
+    }  # fmt: skip
+    in_float32 = ("gaps", "3x3, channels last")
+    if not everything:
+        calls = {label: each for label, each in calls.items() if label in ("patches", "gaps", "few, channels last")}
+    for label, each in calls.items():
+        for dtype in (torch.bfloat16, torch.float32) if everything else (torch.bfloat16,):
+            if dtype is torch.bfloat16 or label in in_float32:
+                build, _, _ = convolution_build(each._replace(dtype=dtype), True)
+                yield Override(build, label, str(dtype))
+    build, _, _ = convolution_build(patches, False)
+    yield Override(build, "patches, misaligned", "bfloat16")
+
+
 # What stands in -> (all builds, or a few where nothing is tuned and time is short) -> them.
 FAMILIES = {
     "elementwise": elementwise,
     "reductions": reductions,
     "along a dimension": along_dimensions,
     "indexing": indexing,
+    "arange": aranges,
     "products": products,
+    "convolutions": convolutions,
 }

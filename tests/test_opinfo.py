@@ -27,6 +27,8 @@ NAMES = {
     "log_softmax": "_log_softmax",
     "nn.functional.layer_norm": "native_layer_norm",
     "nn.functional.group_norm": "native_group_norm",
+    "nn.functional.conv1d": "convolution",
+    "nn.functional.conv2d": "convolution",
 }
 
 
@@ -109,6 +111,13 @@ def rounded(exact: Any, precise: Any) -> Any:
 def compare(got: Any, expected: Any, label: str) -> None:
     if isinstance(expected, (torch.Tensor, tuple, list, type)):
         same(got, expected, label)
+
+
+@pytest.fixture(autouse=True)
+def precision() -> Iterator[None]:
+    """Of convolutions in float32, which PyTorch otherwise does in TF32 on a GPU."""
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        yield
 
 
 @pytest.mark.parametrize("info", INFOS, ids=identity)

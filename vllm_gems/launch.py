@@ -89,11 +89,11 @@ def pointer(dtype: torch.dtype) -> str:
 class Build:
     """Everything that decides a kernel's machine code.
 
-    types: per runtime parameter, in order: "*bf16", "i32", "fp32"; "i32/16" for an integer that is a multiple of 16 in
-    an aligned build (a stride); "=1" for one that is in the machine code, whatever a call says; None for a pointer that
-    this build leaves out.
+    types: per runtime parameter, in order: "*bf16", "i32", "fp32"; "i32/16" for an integer that is a multiple of 16 (or
+    8, or 4) in an aligned build (a stride); "=1" for one that is in the machine code, whatever a call says; None for a
+    pointer that this build leaves out.
     constexprs: the parameters after them, by name.
-    aligned: every pointer is a multiple of 16 bytes and every "/16" integer a multiple of 16 elements.
+    aligned: every pointer is a multiple of 16 bytes and every "/16" integer a multiple of 16 elements; so for 8 and 4.
     """
 
     function: Any
@@ -124,7 +124,7 @@ class Build:
             base, _, multiple = kind.partition("/")
             signature[name] = base
             if self.aligned and (multiple or base.startswith("*")):
-                attrs[(index,)] = [["tt.divisibility", 16]]
+                attrs[(index,)] = [["tt.divisibility", int(multiple or 16)]]
         for index, (name, value) in enumerate(self.constexprs, start=len(self.types)):
             if names[index] != name:
                 raise TypeError(f"{self.function.__name__}: parameter {index} is {names[index]!r}, not {name!r}")
@@ -147,13 +147,18 @@ def is_passed(kind: str | None) -> TypeGuard[str]:
     return kind is not None and not kind.startswith("=")
 
 
+def integer(value: int, kind: str) -> str:
+    """The type of an integer parameter of `kind` that is such a multiple in all calls of a build."""
+    return next((f"{kind}/{multiple}" for multiple in (16, 8, 4) if value % multiple == 0), kind)
+
+
 def integers(values: Iterable[int], kind: str) -> list[str]:
     """The types of integer parameters that are known when a build is made and the same in all its calls.
 
     Unless the compiler knows that a stride is 1, elements are loaded one by one; unless it knows that a size is a
     multiple of what a thread loads at once, it guards each of them.
     """
-    return [f"={value}" if value in (0, 1) else kind if value % 16 else f"{kind}/16" for value in values]
+    return [f"={value}" if value in (0, 1) else integer(value, kind) for value in values]
 
 
 def compile_for(build: Build, target: Any) -> Any:

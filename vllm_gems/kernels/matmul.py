@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from .. import tuned
-from ..launch import CPU, Build, pointer
+from ..launch import CPU, Build, integer, pointer
 from .common import name_of, power_of_two
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -25,7 +25,7 @@ INT32_MAX = 2**31 - 1
 
 
 @triton.jit
-def _steps(index, stride):
+def steps(index, stride):
     """Elements from the first to number `index`; a stride that is left out is 1."""
     if stride is None:
         return index
@@ -34,7 +34,7 @@ def _steps(index, stride):
 
 
 @triton.jit
-def _load(at, row_live, col_live, EVEN_ROWS: tl.constexpr, EVEN_COLS: tl.constexpr):
+def load_tile(at, row_live, col_live, EVEN_ROWS: tl.constexpr, EVEN_COLS: tl.constexpr):
     """A tile, with zeros outside of its matrix."""
     if EVEN_ROWS and EVEN_COLS:
         return tl.load(at)
@@ -44,6 +44,15 @@ def _load(at, row_live, col_live, EVEN_ROWS: tl.constexpr, EVEN_COLS: tl.constex
         return tl.load(at, mask=col_live[None, :], other=0.0)
     else:
         return tl.load(at, mask=row_live[:, None] & col_live[None, :], other=0.0)
+
+
+@triton.jit
+def tile_of(tile, row_tiles, col_tiles, GROUP: tl.constexpr):
+    """(row, column) of the tile that is a program's: those that run at the same time share both in the L2 cache."""
+    group = tile // (GROUP * col_tiles)
+    inside = tile % (GROUP * col_tiles)
+    group_rows = min(row_tiles - group * GROUP, GROUP)
+    return group * GROUP + inside % group_rows, inside // group_rows
 
 
 @triton.jit
@@ -84,32 +93,29 @@ def _matmul_kernel(
         out_ptr += batch * out_batch
         if input_ptr is not None:
             input_ptr += batch * input_batch
-    # Programs that run at the same time share rows of a and columns of b in the L2 cache.
-    group = tile // (GROUP * col_tiles)
-    inside = tile % (GROUP * col_tiles)
-    group_rows = min(row_tiles - group * GROUP, GROUP)
-    row = (group * GROUP + inside % group_rows) * ROWS + tl.arange(0, ROWS)
-    col = (inside // group_rows) * COLS + tl.arange(0, COLS)
+    row_tile, col_tile = tile_of(tile, row_tiles, col_tiles, GROUP)
+    row = row_tile * ROWS + tl.arange(0, ROWS)
+    col = col_tile * COLS + tl.arange(0, COLS)
     inner = tl.arange(0, DEPTH)
     row_live = row < num_rows
     col_live = col < num_cols
 
-    a_at = a_ptr + _steps(row, a_row)[:, None] + _steps(inner, a_inner)[None, :]
-    b_at = b_ptr + _steps(inner, b_inner)[:, None] + _steps(col, b_col)[None, :]
+    a_at = a_ptr + steps(row, a_row)[:, None] + steps(inner, a_inner)[None, :]
+    b_at = b_ptr + steps(inner, b_inner)[:, None] + steps(col, b_col)[None, :]
     total = tl.zeros((ROWS, COLS), tl.float32)
     for start in range(0, num_inner, DEPTH):
         inner_live = inner < num_inner - start
-        a = _load(a_at, row_live, inner_live, EVEN_ROWS, EVEN_DEPTH)
-        b = _load(b_at, inner_live, col_live, EVEN_DEPTH, EVEN_COLS)
+        a = load_tile(a_at, row_live, inner_live, EVEN_ROWS, EVEN_DEPTH)
+        b = load_tile(b_at, inner_live, col_live, EVEN_DEPTH, EVEN_COLS)
         total = tl.dot(a, b, total, input_precision="ieee")
-        a_at += _steps(DEPTH, a_inner)
-        b_at += _steps(DEPTH, b_inner)
+        a_at += steps(DEPTH, a_inner)
+        b_at += steps(DEPTH, b_inner)
 
     total *= alpha
     if input_ptr is not None:
-        input_at = input_ptr + _steps(row, input_row)[:, None] + _steps(col, input_col)[None, :]
-        total += beta * _load(input_at, row_live, col_live, EVEN_ROWS, EVEN_COLS).to(tl.float32)
-    out_at = out_ptr + _steps(row, out_row)[:, None] + _steps(col, out_col)[None, :]
+        input_at = input_ptr + steps(row, input_row)[:, None] + steps(col, input_col)[None, :]
+        total += beta * load_tile(input_at, row_live, col_live, EVEN_ROWS, EVEN_COLS).to(tl.float32)
+    out_at = out_ptr + steps(row, out_row)[:, None] + steps(col, out_col)[None, :]
     if EVEN_ROWS and EVEN_COLS:
         tl.store(out_at, total.to(out_ptr.dtype.element_ty))
     else:
@@ -153,7 +159,7 @@ class Tiling(NamedTuple):
 # product is the same sum on every GPU.
 _ENOUGH = 128
 
-_GROUP = 8
+GROUP = 8  # rows of tiles that programs go through together
 
 
 def default_tiling(batch: int, rows: int, cols: int, inner: int, itemsize: int, wide: bool = True) -> Tiling:
@@ -197,7 +203,7 @@ def key_of(call: Matrices) -> str:
 @functools.cache
 def source() -> str:
     """By which measured tilings are recognised as this kernel's."""
-    return tuned.source_hash(_matmul_kernel, _load, _steps)
+    return tuned.source_hash(_matmul_kernel, load_tile, steps, tile_of)
 
 
 def tiling_for(call: Matrices, wide: bool, device: int) -> Tiling:
@@ -205,6 +211,22 @@ def tiling_for(call: Matrices, wide: bool, device: int) -> Tiling:
     if wide and call.dtype.itemsize == 2 and (found := tuned.lookup("matmul", device, key_of(call), source())):
         return Tiling(**found)
     return default_tiling(call.batch, call.rows, call.cols, call.inner, call.dtype.itemsize, wide)
+
+
+class Scalars:
+    """The whole numbers of a launch, and their types. Multiples are compiled for as such."""
+
+    def __init__(self) -> None:
+        self.types: list[str | None] = []
+        self.values: list[int] = []
+
+    def add(self, value: int, kind: str = "i32", hinted: bool = True) -> None:
+        self.types.append(integer(value, kind) if hinted else kind)
+        self.values.append(value)
+
+    def leave_out(self, count: int = 1) -> None:
+        self.types.extend([None] * count)
+        self.values.extend([0] * count)
 
 
 def matmul_build(
@@ -215,39 +237,31 @@ def matmul_build(
     device: whose measured tilings are looked up. tiling: another, for those who measure them.
     """
     dtype, out_dtype = pointer(call.dtype), pointer(call.out_dtype)
-    types: list[str | None] = []
-    tail: list[int] = []
-
-    def add(value: int, kind: str, hinted: bool = True) -> None:
-        types.append(f"{kind}/16" if hinted and value % 16 == 0 else kind)
-        tail.append(value)
+    scalars = Scalars()
+    unit = 16 // call.dtype.itemsize
 
     def strides(each: tuple[int, int, int] | None, rows: int, cols: int) -> bool:
         """Whether rows or columns can be read 16 bytes at a time."""
         if each is None:
-            types.extend((None, None, None))
-            tail.extend((0, 0, 0))
+            scalars.leave_out(3)
             return False
         if call.batch > 1:
-            add(each[0], "i64")
+            scalars.add(each[0], "i64")
         else:
-            types.append(None)
-            tail.append(0)
+            scalars.leave_out()
         contiguous = 0  # elements
         for step, size in zip(each[1:], (rows, cols), strict=True):
             if step == 1 and size > 1:
                 contiguous = size
-                types.append(None)
-                tail.append(0)
+                scalars.leave_out()
             else:
-                add(step if size > 1 else 0, "i32")
-        hinted = all(kind is None or kind.endswith("/16") for kind in types[-3:])
-        return hinted and contiguous > 0 and contiguous % 16 == 0
+                scalars.add(step if size > 1 else 0)
+        return contiguous > 0 and all(value % unit == 0 for value in (*scalars.values[-3:], contiguous))
 
     # That the number of rows is a multiple of 16 matters where they are what is contiguous; it changes between calls.
-    add(call.rows, "i32", call.a[1] == 1 or call.out[1] == 1)
-    add(call.cols, "i32")
-    add(call.inner, "i32")
+    scalars.add(call.rows, hinted=call.a[1] == 1 or call.out[1] == 1)
+    scalars.add(call.cols)
+    scalars.add(call.inner)
     wide = strides(call.a, call.rows, call.inner)
     wide = strides(call.b, call.inner, call.cols) and wide
     strides(call.input if with_input else None, call.rows, call.cols)
@@ -256,12 +270,12 @@ def matmul_build(
     tiling = tiling or tiling_for(call, wide, device)
     build = Build(
         function=_matmul_kernel,
-        types=(dtype, dtype, out_dtype if with_input else None, out_dtype, "fp32", "fp32", *types),
+        types=(dtype, dtype, out_dtype if with_input else None, out_dtype, "fp32", "fp32", *scalars.types),
         constexprs=(
             ("ROWS", tiling.rows),
             ("COLS", tiling.cols),
             ("DEPTH", tiling.depth),
-            ("GROUP", _GROUP),
+            ("GROUP", GROUP),
             ("EVEN_ROWS", call.rows % tiling.rows == 0),
             ("EVEN_COLS", call.cols % tiling.cols == 0),
             ("EVEN_DEPTH", call.inner % tiling.depth == 0),
@@ -273,4 +287,4 @@ def matmul_build(
         maxnreg=None if wide and call.dtype.itemsize == 2 else 255,
     )
     grid = call.batch * -(-call.rows // tiling.rows) * -(-call.cols // tiling.cols)
-    return build, grid, tuple(tail)
+    return build, grid, tuple(scalars.values)

@@ -9,6 +9,7 @@ the weights of those experts that anybody asked for, and an expert that nobody a
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -196,10 +197,10 @@ class Tiling(NamedTuple):
 
 
 def default_tiling(experts: Experts, num_tokens: int, gated: bool, itemsize: int) -> Tiling:
-    """Without a measured one for this GPU: rows for what an expert gets if all get the same; stages of 16 to 24 KiB in
-    16 bits, small steps in float32."""
-    each = triton.cdiv(num_tokens * experts.topk, experts.num_experts)
-    rows = min(64, max(16, power_of_two(each)))
+    """Without a measured one for this GPU: rows for what nearly every expert gets, since weights are read again for
+    more; stages of 16 to 24 KiB in 16 bits, small steps in float32."""
+    each = num_tokens * experts.topk / experts.num_experts
+    rows = min(64, max(16, power_of_two(math.ceil(each + 1.5 * each**0.5))))
     if itemsize == 4:  # without tensor cores a thread has an operand of its own for each sum
         return Tiling(min(rows, 32), 16 if gated else 32, 16, 4, 2)
     in_features = experts.hidden_size if gated else experts.intermediate_size

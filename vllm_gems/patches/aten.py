@@ -14,6 +14,8 @@ from typing import Any
 import torch
 
 from ..aten.along import Along, Normalise
+from ..aten.arange import Arange
+from ..aten.convolution import Convolution
 from ..aten.elementwise import Elementwise
 from ..aten.indexing import INDEXING
 from ..aten.overloads import Overload, Row, is_replaceable, name_of, overloads_of
@@ -131,6 +133,7 @@ ROWS: tuple[Row, ...] = (
     # Memory
     *_rows(("copy",), only="src", converts=True, in_place=True),
     *_rows(("fill", "zero"), only="self"),
+    Arange("arange"),
     *INDEXING,
     # Products of matrices
     Product("mm", "self", "mat2"),
@@ -139,6 +142,7 @@ ROWS: tuple[Row, ...] = (
     Product("addmm", "mat1", "mat2", input="self"),
     Product("baddbmm", "batch1", "batch2", input="self"),
     Product("addmv", "mat", "vec", input="self"),
+    Convolution("convolution"),
 )
 
 

@@ -71,7 +71,7 @@ def jobs(scope: Scope) -> Iterator[Job]:
         contiguous = (product.inner,) if product.transposed else (product.inner, product.cols)
         rows = rows_class(1)
         # What cannot be read 16 bytes at a time is not looked up.
-        while rows <= rows_class(most) and not any(size % 16 for size in contiguous):
+        while rows <= rows_class(most) and not any(size % 8 for size in contiguous):
             about = product._replace(rows=rows)
             yield Job(key_of(about.matrices(rows)), about, op)
             rows *= 2
