@@ -90,9 +90,14 @@ def calls_on(info: Any, wide: bool = False) -> list[tuple[str, Callable[[], Any]
     for dtype in DTYPES:
         for index, sample in enumerate(samples(info, dtype)):
             if wide:
-                sample = sample.transform(lambda each: each.float() if _is_half(each) else each)
+                sample = sample.transform(_widened)
             found += [(f"{info.name} {dtype} sample {index} {form}", call) for form, call in forms(info, sample)]
     return found
+
+
+def _widened(value: Any) -> Any:
+    """A tensor, or the dtype that is asked for, in float32 if it is in half precision."""
+    return torch.float32 if value in HALVES else value.float() if _is_half(value) else value
 
 
 def _is_half(value: Any) -> bool:

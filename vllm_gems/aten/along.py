@@ -43,6 +43,10 @@ class Along:
         positions = [overload.names.index(name) for name in self.tensors]
         tensors = [args[position] for position in positions]
         dim = args[overload.names.index("dim")]
+        if "input_dtype" in overload.names:
+            of_input = args[overload.names.index("input_dtype")]
+            if of_input not in (tensors[0].dtype, torch.float16):
+                decline(f"a gradient in {tensors[0].dtype} of an input in {of_input}")
         family = "f" if result.dtype.is_floating_point else "i"
         if family not in self.families or result.dtype is torch.bool:
             decline(f"{self.what} in {result.dtype}")
