@@ -330,8 +330,8 @@ def _replace_reductions(interpreter: Any, formats: _Formats) -> None:
         found = next(slices)
         yield found
         for part in slices:
-            given = (self.to_tensor(data, each.dtype) for data, each in zip((*found, *part), (*input, *input)))
-            made = self.combine_fn.fn(*given)
+            given = zip((*found, *part), (*input, *input), strict=True)
+            made = self.combine_fn.fn(*(self.to_tensor(data, each.dtype) for data, each in given))
             made = made if isinstance(made, tuple) else (made,)
             found = [
                 np.broadcast_to(new.handle.data if hasattr(new, "handle") else new, old.shape or (1,))

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from ..kernels.sort import BEST, DTYPES, TILE, Order, sort_builds, word_of
-from ..launch import allocator
+from ..launch import Launch, allocator
 from .along import rows_along
 from .overloads import Overload, Plan, decline, launches_of
 
@@ -34,9 +37,14 @@ class Sort:
     def plan(self, overload: Overload, args: tuple[Any, ...]) -> Plan:
         """How a call with arguments like these is done; raises Refused if it is not done here."""
         results = overload.on_meta(args)
-        values, indices = results
+        # What is given stays as it lies, whatever the meta kernel does with it.
+        values, indices = (args[at] for at in overload.written) if overload.written else results
         named = dict(zip(overload.names, args, strict=False))
         x, dim = named["self"], named["dim"]
+        if (values.dtype, indices.dtype) != (x.dtype, torch.int64):
+            decline(f"values in {values.dtype} and places in {indices.dtype}")
+        if self.op == "topk" and x.dtype is torch.bool:
+            decline("PyTorch has no best in bool")
         if x.dtype not in DTYPES:
             decline(f"{x.dtype}, which does not fit into 64 bits with its place")
         length = x.shape[dim] if x.dim() else 1
@@ -51,16 +59,16 @@ class Sort:
         if values.numel() == 0:
             return lambda args: tuple(allocate(args) for allocate in allocations)
         rows = rows_along(x.shape, dim, [each.stride() for each in (x, values, indices)])
-        order = Order(x.dtype, named.get("largest", named.get("descending", False)), k)
+        descending = named["largest"] if self.op == "topk" else named["descending"]
+        order = Order(x.dtype, descending, k)
         steps = sort_builds(order, rows, True)
         if any(max(step.words, step.grid) > _INT32_MAX for step in steps):
             decline("its offsets need 64 bits")
-        launches = [
-            launches_of(lambda aligned, at=at: sort_builds(order, rows, aligned)[at].build, device)
-            for at in range(len(steps))
-        ]
-        *_, last = steps
-        every = [(launch, step.grid, step.tail, step.words) for launch, step in zip(launches, steps, strict=True)]
+
+        def launches(at: int) -> Callable[[int], Launch]:
+            return launches_of(lambda aligned: sort_builds(order, rows, aligned)[at].build, device)
+
+        *first, last = [(launches(at), step) for at, step in enumerate(steps)]
         words_for = allocator(device, word_of(x.dtype, rows.length))
         position = overload.names.index("self")
 
@@ -68,15 +76,14 @@ class Sort:
             outs = [allocate(args) for allocate in allocations]
             x_at, values_at, indices_at = args[position].data_ptr(), outs[0].data_ptr(), outs[1].data_ptr()
             bits = x_at | values_at | indices_at
-            before, before_at = None, 0
-            for launch_for, grid, tail, count in every:
-                if count:
-                    words = words_for(1, count)
-                    words_at = words.data_ptr()
-                    launch_for(bits)(grid, x_at, before_at, words_at, 0, 0, *tail)
-                    before, before_at = words, words_at
-                else:
-                    launch_for(bits)(grid, x_at, before_at, 0, values_at, indices_at, *tail)
+            before_at, words = 0, None  # which are held until the next launch has been given them
+            for launch_for, step in first:
+                after = words_for(1, step.words)
+                launch_for(bits)(step.grid, x_at, before_at, after.data_ptr(), 0, 0, *step.tail)
+                words, before_at = after, after.data_ptr()
+            launch_for, step = last
+            launch_for(bits)(step.grid, x_at, before_at, 0, values_at, indices_at, *step.tail)
+            del words
             return tuple(outs)
 
         return run

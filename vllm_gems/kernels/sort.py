@@ -17,7 +17,7 @@ import triton.language as tl
 from ..launch import Build
 from .along import Rows, row_arguments
 from .common import power_of_two
-from .reduce import MAX_DIMS, _place
+from .reduce import _place
 
 TILE = 4096  # elements, the most that a program has
 BEST = TILE // 8  # of a longer row, so that each launch leaves an eighth to the next
@@ -25,7 +25,6 @@ _SHORT = 1024  # elements of a program with several rows
 
 # Bits of an element -> what its bits are loaded as.
 _BITS = {8: "*i8", 16: "*i16", 32: "*i32"}
-_WORDS = {32: (tl.int32, torch.int32), 64: (tl.int64, torch.int64)}
 _INFINITIES = {torch.float16: 0x7C00, torch.bfloat16: 0x7F80, torch.float32: 0x7F800000}
 DTYPES = (*_INFINITIES, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
 
@@ -114,8 +113,8 @@ class Order(NamedTuple):
     k: int  # of a row, the first in this order; all of them to sort
 
 
-class Launch(NamedTuple):
-    """One of those that a call takes: from a row's elements, or its words, to the first ones of each of its tiles."""
+class Step(NamedTuple):
+    """One launch of a call: from a row's elements, or its words, to the first ones of each of its tiles."""
 
     build: Build
     grid: int
@@ -129,16 +128,15 @@ def word_of(dtype: torch.dtype, length: int) -> torch.dtype:
     return torch.int32 if narrow else torch.int64
 
 
-def sort_builds(order: Order, rows: Rows, aligned: bool) -> list[Launch]:
+def sort_builds(order: Order, rows: Rows, aligned: bool) -> list[Step]:
     """Rows of at least one element of x, with the steps of x, the values and the indices, 1 <= k <= their length.
 
     k is at most BEST where they are longer than TILE.
     """
     bits = 8 * order.dtype.itemsize
     width = 8 * word_of(order.dtype, rows.length).itemsize
-    word, held = _WORDS[width]
     best = max(2, power_of_two(order.k))
-    found: list[Launch] = []
+    found: list[Step] = []
     length, first, last = rows.length, True, False
     while not last:
         block_n = min(TILE, max(2, power_of_two(length)))
@@ -163,7 +161,7 @@ def sort_builds(order: Order, rows: Rows, aligned: bool) -> list[Launch]:
                 ("INFINITY", _INFINITIES.get(order.dtype, 0)),
                 ("UNSIGNED", order.dtype is torch.uint8),
                 ("MOST", (1 << (bits - 1)) - 1),
-                ("WORD", word),
+                ("WORD", tl.int32 if width == 32 else tl.int64),
                 ("SHIFT", width - bits),
                 ("DIMS", max(1, len(rows.starts.sizes))),
                 ("K", kept),
@@ -174,6 +172,6 @@ def sort_builds(order: Order, rows: Rows, aligned: bool) -> list[Launch]:
             num_warps=4 if block_m * block_n <= 1024 else 8,
         )
         left = 0 if last else rows.starts.numel * tiles * kept
-        found.append(Launch(build, triton.cdiv(rows.starts.numel, block_m) * tiles, tail, left))
+        found.append(Step(build, triton.cdiv(rows.starts.numel, block_m) * tiles, tail, left))
         length, first = tiles * kept, False
     return found
