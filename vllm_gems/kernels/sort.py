@@ -169,7 +169,7 @@ def sort_builds(order: Order, rows: Rows, aligned: bool) -> list[Step]:
                 ("BLOCK_N", block_n),
             ),
             aligned=aligned,
-            num_warps=4 if block_m * block_n <= 1024 else 8,
+            num_warps=max(4, min(16, block_m * block_n // 256)),  # eight words a thread
         )
         left = 0 if last else rows.starts.numel * tiles * kept
         found.append(Step(build, triton.cdiv(rows.starts.numel, block_m) * tiles, tail, left))
