@@ -83,6 +83,7 @@ class Maker:
             },
             "index": {"indices": lambda: [self.index(tokens, below=tokens)]},
             "cat": {"tensors": lambda: [self.values(tokens, hidden) for _ in range(2)], "dim": lambda: 0},
+            "topk": {"k": lambda: min(8, hidden)},
             "mm": {"mat2": lambda: weight},
             "mv": {"vec": lambda: self.values(hidden)},
             "addmv": {

@@ -71,6 +71,8 @@ REGISTERS: dict[str, Registers] = {
     "_softmax_gradient_kernel": Registers(128, 128),
     "_scan_kernel": Registers(128, 128),
     "_norm_kernel": Registers(96, 96),
+    # Eight words of 64 bits a thread, each beside the one that it is compared with: a program of sixteen warps.
+    "_sort_kernel": Registers(128, 128),
     # Up to 8 elements a thread, which is one access of 16 bytes: 32 warps, 8 waves.
     "_activation_kernel": Registers(64, 64),
     # Eight elements a thread: places in five tensors of five dimensions, three of them of indices, in 64 bits where

@@ -17,6 +17,7 @@ from vllm_gems.kernels.indexing import MAX_DIMS, MAX_INDICES, Index, Move, move_
 from vllm_gems.kernels.matmul import Matrices, matmul_build
 from vllm_gems.kernels.pointwise import Pointwise, pointwise_build, walk
 from vllm_gems.kernels.reduce import Reduction, reduce_build
+from vllm_gems.kernels.sort import TILE, Order, sort_builds
 from vllm_gems.launch import Build
 from vllm_gems.patches import aten
 
@@ -120,6 +121,20 @@ def along_dimensions(everything: bool) -> Iterator[Override]:
         x = torch.bfloat16
         norm = along.Norm(x, x, x, torch.float32, torch.float32, 4096, groups, 64, 64)
         yield Override(along.norm_build(norm, True), f"norm, {groups=}", "bfloat16")
+
+
+def sorting(everything: bool) -> Iterator[Override]:
+    """Words of 64 bits and of 32: whole tiles, the best of rows that take two launches, several rows in a program.
+
+    A tile takes a compiler ten times as long as a short row, which has the same in it.
+    """
+    wanted = [(torch.uint8, 64, 64, 1)]
+    if everything:
+        wanted += [(torch.float32, TILE, TILE, 1), (torch.uint8, TILE, TILE, 1), (torch.bfloat16, 151936, 64, 512)]
+    for dtype, length, k, step in wanted:
+        starts = walk((512,), [[length if step == 1 else 1], [k], [k]])
+        for each in sort_builds(Order(dtype, False, k), along.Rows(starts, length, (step, 1, 1)), True):
+            yield Override(each.build, f"{k} of {length}, {step=}", str(dtype))
 
 
 def indexing(everything: bool) -> Iterator[Override]:
@@ -243,6 +258,7 @@ FAMILIES = {
     "elementwise": elementwise,
     "reductions": reductions,
     "along a dimension": along_dimensions,
+    "in order": sorting,
     "indexing": indexing,
     "arange": aranges,
     "products": products,

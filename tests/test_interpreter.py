@@ -381,6 +381,44 @@ def test_a_reduction_of_ones_own_rounds_at_each_step(dtype):
 
 
 @triton.jit
+def _affine(a, b, c, d):
+    """First a * x + b, then c * x + d: what comes out depends on the order."""
+    return a * c, b * c + d
+
+
+@triton.jit
+def _compose(src, dst, AXIS: tl.constexpr, N: tl.constexpr):
+    at = tl.arange(0, N)[:, None] * N + tl.arange(0, N)[None, :]
+    x = tl.load(src + at)
+    _, each = tl.associative_scan((x, x - 2), AXIS, _affine)
+    tl.store(dst + at, each)
+    _, last = tl.reduce((x, x - 2), AXIS, _affine, keep_dims=True)
+    tl.store(dst + N * N + at, tl.broadcast_to(last, [N, N]))
+    _, whole = tl.reduce((x, x - 2), None, _affine)
+    tl.store(dst + 2 * N * N + at, tl.full([N, N], whole, tl.int64))
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_several_tensors_are_combined_in_order(axis):
+    """By a function of the kernel's own: running, at last, and along no axis, which is row by row."""
+    x = torch.randint(-3, 4, (4, 4))
+
+    def composed(numbers: list[int]) -> list[int]:
+        factor, offset, found = 1, 0, []
+        for each in numbers:
+            factor, offset = factor * each, offset * each + each - 2
+            found.append(offset)
+        return found
+
+    out = torch.zeros(3, 4, 4, dtype=torch.int64)
+    _compose[(1,)](x, out, axis, 4)
+    running = torch.stack([torch.tensor(composed(row.tolist())) for row in x.unbind(1 - axis)], 1 - axis)
+    assert_same(out[0], running)
+    assert_same(out[1], running.select(axis, 3).unsqueeze(axis).expand(4, 4).contiguous())
+    assert out[2].unique().tolist() == composed(x.flatten().tolist())[-1:]
+
+
+@triton.jit
 def _dot(a, b, dst, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, OUT: tl.constexpr):
     m, n, k = tl.arange(0, M), tl.arange(0, N), tl.arange(0, K)
     x = tl.load(a + m[:, None] * K + k[None, :])

@@ -45,6 +45,8 @@ INFOS = [
     for info in op_db
     if operation(info) and info.variant_test_name not in OTHERS and not info.name.startswith(("masked.", "sparse."))
 ]
+# What comes out after the values is open where values are equal; test_sorting.py judges it.
+PLACES_ARE_OPEN = ("topk",)
 
 
 def identity(info: Any) -> str:
@@ -135,6 +137,8 @@ def test_samples(info: Any) -> None:
         got = [outcome(call) for _, call in calls]
         rows = vllm_gems.report().rows
     for (label, _), mine, other in zip(calls, got, expected, strict=True):
+        if info.name in PLACES_ARE_OPEN and isinstance(other, (tuple, list)):
+            mine, other = mine[0], other[0]
         compare(mine, other, label)
     assert not [row for row in rows if row.errors]
     assert sum(row.hits for row in rows) > 0, [row.declined for row in rows]

@@ -219,6 +219,15 @@ class Rows(NamedTuple):
     steps: tuple[int, ...]  # from an element to the next, of each tensor
 
 
+def row_arguments(rows: Rows) -> tuple[int, ...]:
+    """How many rows there are, their length, where they begin and their steps, as kernels take it."""
+    sizes = [*rows.starts.sizes, *(1,) * (MAX_DIMS - len(rows.starts.sizes))]
+    found = [rows.starts.numel, rows.length, *sizes[1:]]
+    for strides in rows.starts.strides:
+        found += [*strides, *(0,) * (MAX_DIMS - len(strides))]
+    return (*found, *rows.steps)
+
+
 FUNCTIONS = {
     "softmax": (_softmax_kernel, "LOG", False), "log_softmax": (_softmax_kernel, "LOG", True),
     "softmax gradient": (_softmax_gradient_kernel, "LOG", False),
@@ -241,11 +250,7 @@ def along_build(
     else:  # the elements of a row are apart, those of neighbouring rows are not
         block_n = min(64, max(16, power_of_two(rows.length)))
         block_m = max(1, min(32, power_of_two(rows.starts.numel)))
-    sizes = [*rows.starts.sizes, *(1,) * (MAX_DIMS - len(rows.starts.sizes))]
-    tail = [rows.starts.numel, rows.length, *sizes[1:]]
-    for strides in rows.starts.strides:
-        tail += [*strides, *(0,) * (MAX_DIMS - len(strides))]
-    tail += rows.steps
+    tail = row_arguments(rows)
     build = Build(
         function=function,
         types=(*map(memory_pointer, dtypes), *integers(tail, "i32")),
@@ -259,7 +264,7 @@ def along_build(
         aligned=aligned,
         num_warps=4 if block_m * block_n <= 1024 else 8,
     )
-    return build, triton.cdiv(rows.starts.numel, block_m), tuple(tail)
+    return build, triton.cdiv(rows.starts.numel, block_m), tail
 
 
 class Norm(NamedTuple):

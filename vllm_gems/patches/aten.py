@@ -21,6 +21,7 @@ from ..aten.indexing import INDEXING
 from ..aten.overloads import Overload, Row, is_replaceable, name_of, overloads_of
 from ..aten.products import Product
 from ..aten.reductions import Reduce
+from ..aten.sorting import Sort
 from ..errors import Refused
 from ..kernels import formulas
 from ..nouns import Patch, Place, Seam
@@ -130,6 +131,9 @@ ROWS: tuple[Row, ...] = (
     Along("cumprod", "cumprod", arguments=("dim", "dtype"), families="fi"),
     Normalise("native_layer_norm"),
     Normalise("native_group_norm"),
+    # In order
+    Sort("sort"),
+    Sort("topk"),
     # Memory
     *_rows(("copy",), only="src", converts=True, in_place=True),
     *_rows(("fill", "zero"), only="self"),
