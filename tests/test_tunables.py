@@ -34,7 +34,7 @@ from vllm_gems.tuning.search import Job, Outcome, Tunable, chosen, keep, trial, 
 from vllm_gems.tuning.trials import copies, worst, worst_error
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-GPU = "NVIDIA H100 80GB HBM3"
+GPU = "NVIDIA Made Up"  # for which nothing is shipped
 QWEN3_MOE = {
     "model_type": "qwen3_moe", "hidden_size": 2048, "intermediate_size": 6144, "num_attention_heads": 32,
     "num_key_value_heads": 4, "head_dim": 128, "vocab_size": 151936, "moe_intermediate_size": 768, "num_experts": 128,

@@ -87,9 +87,16 @@ class HeadShape(NamedTuple):
 
 # Programs that keep the memory of an H100 (132 multiprocessors) or a like GPU busy.
 _ENOUGH = 128
+_MANY_ROWS = 128
 
 
-def _tiling(shape: HeadShape, dtype: torch.dtype, aligned: bool) -> tuple[int, int, int]:
+def _tile_rows(shape: HeadShape, num_rows: int, dtype: torch.dtype, aligned: bool) -> int:
+    """Rows of a tile. Many heads keep a GPU busy with large tiles, too, which read a weight fewer times."""
+    are_many = shape.num_heads * triton.cdiv(shape.out_features, 64) >= 2 * _ENOUGH
+    return _MANY_ROWS if num_rows > 64 and are_many and dtype.itemsize == 2 and aligned else rows_class(num_rows)
+
+
+def _tiling(shape: HeadShape, rows: int, dtype: torch.dtype, aligned: bool) -> tuple[int, int, int]:
     """(columns, depth, stages) of a tile, by reasoning: not measured against others.
 
     16-bit tiles are narrower where there would be few of them. float32 multiplies in registers, and narrow loads take
@@ -97,12 +104,14 @@ def _tiling(shape: HeadShape, dtype: torch.dtype, aligned: bool) -> tuple[int, i
     """
     if dtype.itemsize == 4 or not aligned:
         return 32, 32 if aligned else 16, 1
+    if rows == _MANY_ROWS:
+        return 64, 64, 3
     return (32 if shape.num_heads * triton.cdiv(shape.out_features, 32) >= _ENOUGH else 16), 64, 3
 
 
 def _build(shape: HeadShape, rows: int, dtype: torch.dtype, aligned: bool = True) -> Build:
     x = pointer(dtype)
-    cols, depth, num_stages = _tiling(shape, dtype, aligned)
+    cols, depth, num_stages = _tiling(shape, rows, dtype, aligned)
     return Build(
         function=_head_linear_kernel,
         types=(x, x, x, "i32", *("i32/16",) * 4),
@@ -146,11 +155,11 @@ def bind_head_linear(shape: HeadShape, dtype: torch.dtype, device: int) -> Calla
     @functools.cache
     def launch_for(rows: int, aligned: bool) -> tuple[Launch, int]:
         """With the number of tiles for one tile of rows."""
-        tiles = shape.num_heads * triton.cdiv(shape.out_features, _tiling(shape, dtype, aligned)[0])
+        tiles = shape.num_heads * triton.cdiv(shape.out_features, _tiling(shape, rows, dtype, aligned)[0])
         return launcher(_build(shape, rows, dtype, aligned), device), tiles
 
-    for rows in (16, 32, 64):
-        launch_for(rows, True)
+    for num_rows in (16, 32, 64, 65):
+        launch_for(_tile_rows(shape, num_rows, dtype, True), True)
 
     def project(
         x_at: int,
@@ -162,9 +171,10 @@ def bind_head_linear(shape: HeadShape, dtype: torch.dtype, device: int) -> Calla
         out_at: int,
         num_rows: int,
     ) -> None:
-        rows = rows_class(num_rows)
         bits = x_at | x_stride | x_head_stride | weight_at | weight_head_stride | weight_stride | out_at
-        launch, tiles = launch_for(rows, not bits & 15)
+        aligned = not bits & 15
+        rows = _tile_rows(shape, num_rows, dtype, aligned)
+        launch, tiles = launch_for(rows, aligned)
         launch(
             tiles * ((num_rows + rows - 1) // rows), x_at, weight_at, out_at, num_rows, x_stride, x_head_stride,
             weight_head_stride, weight_stride,
@@ -253,6 +263,7 @@ _CASES = (
     Case("wide tiles", {"rows": 19, "heads": 16, "in": 64, "out": 256}),
     Case("wide tiles along in", {"rows": 35, "heads": 64, "in": 32, "out": 64, "along_out": False}),
     Case("several tiles of rows", {"rows": 67, "heads": 2, "in": 64, "out": 32}),
+    Case("large tiles", {"rows": 125, "heads": 128, "in": 32, "out": 128}),
     Case("heads apart", {"rows": 4, "heads": 3, "in": 32, "out": 32, "gap": 16}),
     Case("odd offset", {"rows": 4, "heads": 3, "in": 32, "out": 32, "gap": 5, "offset": 3}),
     Case("heads outermost", {"rows": 4, "heads": 3, "in": 32, "out": 32, "outermost": True}),
@@ -268,7 +279,7 @@ _CASES = (
         )
         for model, heads in _MODELS.items()
         for name, sizes in {"key": (128, 512), "value": (512, 128)}.items()
-        for rows in (1, 8, 16, 32, 64)
+        for rows in (1, 8, 16, 32, 64, 128)
     ),
 )  # fmt: skip
 
@@ -290,7 +301,8 @@ def _inputs(case: Case, dtype: str, device: str) -> dict[str, Any]:
 def _builds(case: Case, dtype: str) -> Iterator[Build]:
     shape = HeadShape(case["heads"], case["in"], case["out"], case.get("along_out", True))
     for is_aligned in (True, False):
-        yield _build(shape, rows_class(max(case["rows"], 1)), dtype_of(dtype), is_aligned)
+        kind = dtype_of(dtype)
+        yield _build(shape, _tile_rows(shape, max(case["rows"], 1), kind, is_aligned), kind, is_aligned)
 
 
 def _fake(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

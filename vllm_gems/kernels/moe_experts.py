@@ -29,6 +29,10 @@ MAX_TOPK = 32
 
 # Up to so many pairs a program looks for its own among the ids; beyond, they are listed before.
 _SCANNED = 64
+# Rows of a tile for experts with more pairs than most, and bytes of shared memory for its stages: two programs share a
+# multiprocessor.
+_MANY_ROWS = 64
+_MANY_BYTES = 112 << 10
 # Pairs that are counted at once when they are listed.
 _CHUNK = 1024
 
@@ -63,6 +67,73 @@ def _moe_list_kernel(
 
 
 @triton.jit
+def _row_tile(
+    x_ptr,
+    weight_of,  # the expert's
+    pairs_ptr,
+    out_ptr,
+    every,  # all pairs, if they are looked for, which of them are the expert's, and where among these
+    mine,
+    rank,
+    start,
+    count,
+    first,
+    col,
+    IN: tl.constexpr,
+    OUT: tl.constexpr,
+    TOPK: tl.constexpr,
+    GATED: tl.constexpr,
+    PAIRS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """The product of an expert's pairs from number `first` on."""
+    row = first + tl.arange(0, ROWS)
+    row_live = row < count
+    if PAIRS > 0:
+        is_mine = mine[None, :] & (rank[None, :] == row[:, None])
+        pair = tl.sum(tl.where(is_mine, every[None, :], 0), axis=1)
+    else:
+        pair = tl.load(pairs_ptr + start + row, mask=row_live, other=0)
+    x_row = pair
+    if GATED:
+        x_row = pair // TOPK
+    at = tl.arange(0, DEPTH)
+    x_at = x_ptr + x_row.to(tl.int64)[:, None] * IN + at[None, :]
+    weight_at = weight_of + col.to(tl.int64)[:, None] * IN + at[None, :]
+    total = tl.zeros((ROWS, COLS), tl.float32)
+    gated = tl.zeros((ROWS, COLS), tl.float32)
+    for step in tl.range((IN + DEPTH - 1) // DEPTH, num_stages=STAGES):
+        x_live = row_live[:, None]
+        weight_live = (col < OUT)[:, None]
+        if IN % DEPTH != 0:
+            rest = (at + step * DEPTH < IN)[None, :]
+            x_live = x_live & rest
+            weight_live = weight_live & rest
+        x = tl.load(x_at, mask=x_live, other=0.0)
+        if OUT % COLS == 0 and IN % DEPTH == 0:
+            weight = tl.load(weight_at)
+        else:
+            weight = tl.load(weight_at, mask=weight_live, other=0.0)
+        total = tl.dot(x, weight.T, total, input_precision="ieee")
+        if GATED:
+            if OUT % COLS == 0 and IN % DEPTH == 0:
+                up = tl.load(weight_at + OUT * IN)
+            else:
+                up = tl.load(weight_at + OUT * IN, mask=weight_live, other=0.0)
+            gated = tl.dot(x, up.T, gated, input_precision="ieee")
+        x_at += DEPTH
+        weight_at += DEPTH
+    if GATED:
+        total = total / (1.0 + tl.exp(-total)) * gated
+    out_at = out_ptr + pair.to(tl.int64)[:, None] * OUT + col[None, :]
+    live = row_live[:, None] & (col < OUT)[None, :]
+    tl.store(out_at, total.to(out_ptr.dtype.element_ty), mask=live)
+
+
+@triton.jit
 def _moe_experts_kernel(
     # Tensors
     x_ptr,  # gated: [num_tokens, IN], else [num_pairs, IN]; contiguous
@@ -83,11 +154,15 @@ def _moe_experts_kernel(
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
     DEPTH: tl.constexpr,
+    STAGES: tl.constexpr,
+    MANY_ROWS: tl.constexpr,  # of a tile where an expert has more than ROWS, so that its weights are not read again
+    MANY_STAGES: tl.constexpr,
 ):
     TILES: tl.constexpr = (OUT + COLS - 1) // COLS
     # The tiles of an expert are neighbours.
     which = tl.program_id(0) // TILES
     col = (tl.program_id(0) % TILES) * COLS + tl.arange(0, COLS)
+    every, mine, rank = None, None, None
     if PAIRS > 0:
         every = tl.arange(0, PAIRS)
         ids = tl.load(ids_ptr + every, mask=every < num_pairs, other=-1)
@@ -107,48 +182,18 @@ def _moe_experts_kernel(
         count = tl.load(starts_ptr + expert + 1) - start
 
     weight_of = weight_ptr + expert.to(tl.int64) * OUT * IN * (2 if GATED else 1)
-    for first in range(0, count, ROWS):
-        row = first + tl.arange(0, ROWS)
-        row_live = row < count
-        if PAIRS > 0:
-            is_mine = mine[None, :] & (rank[None, :] == row[:, None])
-            pair = tl.sum(tl.where(is_mine, every[None, :], 0), axis=1)
-        else:
-            pair = tl.load(pairs_ptr + start + row, mask=row_live, other=0)
-        x_row = pair
-        if GATED:
-            x_row = pair // TOPK
-        at = tl.arange(0, DEPTH)
-        x_at = x_ptr + x_row.to(tl.int64)[:, None] * IN + at[None, :]
-        weight_at = weight_of + col.to(tl.int64)[:, None] * IN + at[None, :]
-        total = tl.zeros((ROWS, COLS), tl.float32)
-        gated = tl.zeros((ROWS, COLS), tl.float32)
-        for step in range((IN + DEPTH - 1) // DEPTH):
-            x_live = row_live[:, None]
-            weight_live = (col < OUT)[:, None]
-            if IN % DEPTH != 0:
-                rest = (at + step * DEPTH < IN)[None, :]
-                x_live = x_live & rest
-                weight_live = weight_live & rest
-            x = tl.load(x_at, mask=x_live, other=0.0)
-            if OUT % COLS == 0 and IN % DEPTH == 0:
-                weight = tl.load(weight_at)
-            else:
-                weight = tl.load(weight_at, mask=weight_live, other=0.0)
-            total = tl.dot(x, weight.T, total, input_precision="ieee")
-            if GATED:
-                if OUT % COLS == 0 and IN % DEPTH == 0:
-                    up = tl.load(weight_at + OUT * IN)
-                else:
-                    up = tl.load(weight_at + OUT * IN, mask=weight_live, other=0.0)
-                gated = tl.dot(x, up.T, gated, input_precision="ieee")
-            x_at += DEPTH
-            weight_at += DEPTH
-        if GATED:
-            total = total / (1.0 + tl.exp(-total)) * gated
-        out_at = out_ptr + pair.to(tl.int64)[:, None] * OUT + col[None, :]
-        live = row_live[:, None] & (col < OUT)[None, :]
-        tl.store(out_at, total.to(out_ptr.dtype.element_ty), mask=live)
+    if MANY_ROWS > ROWS and count > ROWS:
+        for first in range(0, count, MANY_ROWS):
+            _row_tile(
+                x_ptr, weight_of, pairs_ptr, out_ptr, every, mine, rank, start, count, first, col,
+                IN, OUT, TOPK, GATED, PAIRS, MANY_ROWS, COLS, DEPTH, MANY_STAGES,
+            )  # fmt: skip
+    else:
+        for first in range(0, count, ROWS):
+            _row_tile(
+                x_ptr, weight_of, pairs_ptr, out_ptr, every, mine, rank, start, count, first, col,
+                IN, OUT, TOPK, GATED, PAIRS, ROWS, COLS, DEPTH, STAGES,
+            )  # fmt: skip
 
 
 @triton.jit
@@ -219,7 +264,7 @@ def key_of(experts: Experts, num_tokens: int, gated: bool, dtype: torch.dtype) -
 @functools.cache
 def source() -> str:
     """By which measured tilings are recognised as this kernel's."""
-    return tuned.source_hash(_moe_experts_kernel)
+    return tuned.source_hash(_moe_experts_kernel, _row_tile)
 
 
 def tiling_for(experts: Experts, num_tokens: int, gated: bool, dtype: torch.dtype, device: int) -> Tiling:
@@ -254,6 +299,9 @@ def experts_build(
         tiling = tiling._replace(rows=16, depth=16, num_stages=1)
     x = pointer(dtype)
     inside, outside = experts.hidden_size, experts.intermediate_size
+    # Routers have favourites. Few pairs, and float32, which multiplies in registers, stay with the rows they have.
+    many_rows = tiling.rows if pairs or dtype.itemsize == 4 or not aligned else max(tiling.rows, _MANY_ROWS)
+    stage = tiling.depth * dtype.itemsize * (many_rows + (2 if gated else 1) * tiling.cols)
     return Build(
         function=_moe_experts_kernel,
         types=(
@@ -269,6 +317,9 @@ def experts_build(
             ("ROWS", tiling.rows),
             ("COLS", tiling.cols),
             ("DEPTH", tiling.depth),
+            ("STAGES", tiling.num_stages),
+            ("MANY_ROWS", many_rows),
+            ("MANY_STAGES", max(2, min(tiling.num_stages, _MANY_BYTES // stage))),
         ),
         aligned=aligned,
         num_warps=tiling.num_warps,
@@ -482,6 +533,7 @@ _CASES = (
     _case("more pairs than experts", 20, Experts(6, 4, 64, 48)),
     _case("listed", 90, Experts(5, 3, 48, 33), shared=True),
     _case("all to one expert", 40, Experts(4, 1, 64, 32), crowded=True),
+    _case("listed, all to one expert", 90, Experts(16, 1, 64, 32), crowded=True),
     _case("empty", 0, Experts(8, 2, 64, 32), shared=True),
 )
 
