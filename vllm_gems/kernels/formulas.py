@@ -435,7 +435,14 @@ def fmod(a, b):
 
 @triton.jit
 def pow_(a, b):
-    return libdevice.pow(a + _zero(b), b + _zero(a))
+    if b.type.is_block():
+        return libdevice.pow(a + _zero(b), b + _zero(a))
+    else:
+        # Norms ask for squares, which PyTorch multiplies out, too.
+        y = a * a
+        if b != 2:
+            y = libdevice.pow(a, b + _zero(a))
+        return y
 
 
 @triton.jit
