@@ -10,7 +10,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -98,6 +98,20 @@ def gpu_name() -> str:
     return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
 
 
+# Options that say where a record goes, and nothing of how it was made.
+_WHERE = ("--out", "--record-to", "--commit", "--record-commit")
+
+
+def told(words: Sequence[str]) -> str:
+    """A command for a record: what has to be typed to make it again."""
+    kept = [
+        word
+        for before, word in zip(["", *words], words, strict=False)
+        if before not in _WHERE and word.partition("=")[0] not in _WHERE
+    ]
+    return " ".join(kept)
+
+
 def record(name: str, rows: list[dict[str, Any]], *, folder: pathlib.Path | None = None, **more: Any) -> pathlib.Path:
     """Write `rows` as benchmarks/results/<gpu>/<name>.json, with what is needed to judge and repeat them."""
     gpu = gpu_name()
@@ -114,7 +128,7 @@ def record(name: str, rows: list[dict[str, Any]], *, folder: pathlib.Path | None
             "triton": _version("triton"),
             "python": sys.version.split()[0],
         },
-        "command": " ".join(["python", f"{ROOT.name}/{pathlib.Path(sys.argv[0]).name}", *sys.argv[1:]]),
+        "command": told(["python", f"{ROOT.name}/{pathlib.Path(sys.argv[0]).name}", *sys.argv[1:]]),
         **more,
     }
     lines = ",\n  ".join(json.dumps(row) for row in rows)

@@ -31,9 +31,10 @@ import flash_on_cpu
 from setup_env import has_gpu
 
 PROMPTS = ("The capital of France is", "def fibonacci(n):", "The three primary colours are")
-# The whole attention block and the whole block of experts of a decode step are off by default.
+# Decode steps of whole layers are on by default. Of a layer that has parts which are not for us (experts on a CPU) the
+# other blocks are done, which are off by default.
 PATCHES = ("default", "mla.*", "moe.*")
-NEEDED = "mla.decode_step"
+NEEDED = ("decoder.deepseek_v2", "mla.decode_step")
 
 
 def with_gems() -> None:
@@ -141,8 +142,8 @@ def main() -> None:
     if gpu:
         print(f"without: {stock_speed}\nwith:    {speed}")
     wrong = [f"{row.patch}: the kernel failed {row.errors} times: {row.why}" for row in report.rows if row.errors]
-    if not sum(row.hits for row in report.rows if row.patch == NEEDED):
-        wrong.append(f"no decode step of attention went through {NEEDED}; the report says why")
+    if not sum(row.hits for row in report.rows if row.patch in NEEDED):
+        wrong.append(f"no decode step of attention went through {' or '.join(NEEDED)}; the report says why")
     if not gpu and ours != stock:
         wrong.append("the tokens differ")
     if wrong:

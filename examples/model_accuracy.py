@@ -256,7 +256,7 @@ def main(arguments: Sequence[str]) -> int:
             [row.record() for row in rows],
             folder=args.record_to,
             commit=args.commit,
-            command=" ".join(["python", "examples/model_accuracy.py", *arguments]),
+            command=measure.told(["python", "examples/model_accuracy.py", *arguments]),
             weights=args.path.name if args.path else f"random, {'tiny' if args.tiny else 'public shapes'}",
             reference=args.reference,
         )

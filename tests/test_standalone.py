@@ -173,6 +173,19 @@ def test_what_we_decline_is_done_by_pytorch_and_counted() -> None:
         ops.FALLBACKS["mul_tensor"] = before
 
 
+def test_names_of_arguments() -> None:
+    """Of a plain tensor they need no dispatcher, but what it would not take is an error still."""
+    x, y = torch.randn(3, 4, device=DEVICE), torch.randn(4, device=DEVICE)
+    before = ops.CALLS["add_tensor"], ops.CALLS["softmax"]
+    assert torch.equal(vllm_gems.add_tensor(x, y, alpha=2), torch.add(x, y, alpha=2))
+    assert torch.equal(vllm_gems.add_tensor(x, other=y), x + y)
+    torch.testing.assert_close(vllm_gems.softmax(x, dim=0), x.softmax(0))
+    assert (ops.CALLS["add_tensor"], ops.CALLS["softmax"]) == (before[0] + 2, before[1] + 1)
+    for wrong in ({"beta": 2}, {"self": x}, {"other": y, "alpha": 2}):
+        with pytest.raises((RuntimeError, TypeError)):
+            vllm_gems.add_tensor(x, y, **wrong)
+
+
 def test_errors_are_pytorchs() -> None:
     before = ops.FALLBACKS["mm"]
     with pytest.raises(RuntimeError, match="cannot be multiplied"):

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from vllm_gems.catalog import catalog
+from vllm_gems.tuned import gpu_slug
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -181,6 +182,63 @@ def vllm_suite(record: Record) -> str:
     return markdown(("vLLM's test file", "as", "passed without", "passed with vllm-gems"), rows)
 
 
+def serve_compiled(record: Record) -> str:
+    """Milliseconds of one decode step of the compiled engine against vLLM's attention backends."""
+    backends = {"stock": "TRITON_MLA"}
+    for row in record["rows"]:
+        backends |= {name: name.removeprefix("stock_compiled_").upper() for name in row["against"] if name != "stock"}
+    rows = []
+    for row in record["rows"]:
+        case, against = row["case"], row["against"]
+        ratio = f"{row['ours'] / min(against.values()):.3f}"
+        times = (f"{against[name]:.2f}" for name in backends)
+        step = f"decode, batch {case['batch']}, context {case['context']}"
+        rows.append((str(case["model"]), step, *times, f"{row['ours']:.2f}", ratio))
+    head = ("model", "step", *(f"vLLM, {name}, ms" for name in backends.values()), "with vllm-gems on TRITON_MLA, ms")
+    return markdown((*head, "ratio to the fastest"), rows)
+
+
+def default_overrides(record: Record) -> str:
+    """The overloads that `enable()` takes here: host and GPU time of both sides at each number of tokens."""
+    measured = json.loads(speedups(gpu_slug(record["gpu"])))["speedup"]
+    chosen = {name for name, speedup in measured.items() if speedup >= 1}
+    counts = sorted({row["case"]["num_tokens"] for row in record["rows"]})
+    rows = []
+    for (op,), group in sorted(by(record["rows"], "op").items()):
+        if op not in chosen:
+            continue
+        cells = []
+        for count in counts:
+            (row,) = (each for each in group if each["case"]["num_tokens"] == count)
+            host, gpu = (f"{row[name]['aten']:.1f} → {row[name]['ours']:.1f}" for name in ("host", "gpu"))
+            cells += [host, gpu, f"{row['ours'] / row['against']['aten']:.2f}"]
+        rows.append((f"`{op.removeprefix('aten.')}`", str(group[0]["case"]["dtype"]), *cells))
+    head = [f"{count} tokens, {what}" for count in counts for what in ("host us", "GPU us", "ratio of the sums")]
+    return markdown(("overload", "dtype", *head), rows)
+
+
+def model_accuracy(record: Record) -> str:
+    """How far results are from the reference without overrides and with them."""
+    rows = []
+    for row in record["rows"]:
+        tokens = {True: "equal", False: "differ", None: ""}[row["tokens_equal"]]
+        cells = (f"{row['against']['stock']:.1e}", f"{row['ours']:.1e}", f"{row['cosine']:.6f}", tokens)
+        rows.append((row["case"]["model"], row["case"]["dtype"], *cells, str(sum(row["hits"].values()))))
+    head = ("model", "dtype", "PyTorch, greatest difference", "with overrides", "least cosine", "tokens", "our calls")
+    return markdown(head, rows)
+
+
+def pretune(record: Record) -> str:
+    """What the best configurations gain over the defaults, by kernel."""
+    rows = []
+    for (kernel,), group in by(record["rows"], "kernel").items():
+        gains = [row["against"]["default"] / row["ours"] for row in group]
+        cells = (str(len(group)), str(sum(row["candidates"] for row in group)), f"{geometric_mean(gains):.2f}")
+        rows.append((f"`{kernel}`", *cells, f"{min(gains):.2f}", f"{max(gains):.2f}"))
+    head = ("kernel", "shapes", "right candidates", "default's time / best's, geometric mean", "least", "most")
+    return markdown(head, rows)
+
+
 TABLES: dict[str, Callable[[Record], str]] = {
     "kernels_gpu": kernels_gpu,
     "host_per_call": host_per_call,
@@ -189,6 +247,11 @@ TABLES: dict[str, Callable[[Record], str]] = {
     "serve_eager_llama": serve_eager,
     "serve_eager_qwen3": serve_eager,
     "serve_eager_deepseek": serve_eager,
+    "serve_eager_deepseek_v3": serve_eager,
+    "serve_compiled_deepseek_v3": serve_compiled,
+    "aten": default_overrides,
+    "model_accuracy": model_accuracy,
+    "pretune": pretune,
     "linear": linear,
     "mla_decode": mla_decode,
     "moe_experts": moe_experts,
@@ -221,10 +284,13 @@ def speedups(gpu: str) -> str:
     """What `vllm_gems/measured/<gpu>.json` holds: patch -> vLLM's time over ours, the geometric mean over its kernels.
 
     Host time through the layer for patches of layers, GPU time over all shapes for patches of ops. Of PyTorch's
-    operations the least over the shapes, host and GPU time together, because one that is slower anywhere is no default.
+    operations the least over the shapes and over all runs (records called aten and something), host and GPU time
+    together, because one that is slower anywhere is no default.
     """
-    records = {name: RESULTS / gpu / f"{name}.json" for name in ("host_per_call", "kernels_gpu", "aten")}
-    rows = {name: json.loads(path.read_text())["rows"] for name, path in records.items() if path.exists()}
+    rows: dict[str, list[Record]] = {}
+    for name in ("host_per_call", "kernels_gpu", "aten"):
+        for path in sorted((RESULTS / gpu).glob(f"{name}*.json")):
+            rows.setdefault(name, []).extend(json.loads(path.read_text())["rows"])
     layers = by((row for row in rows.get("host_per_call", ()) if row["case"]["path"] == "layer"), "op")
     ops = by(rows.get("kernels_gpu", ()), "op")
     found = {}

@@ -91,21 +91,33 @@ def function(name: str) -> Callable[..., Any]:
     if kernel is None:
         raise AttributeError(f"module 'vllm_gems' has no attribute {name!r}")
     ops.define([kernel])
-    return functools.wraps(kernel.op)(_shortcut(getattr(torch.ops.vllm_gems, name).default, kernel.op, False))
+    return functools.wraps(kernel.op)(_shortcut(getattr(torch.ops.vllm_gems, name).default, kernel.op, False, None))
 
 
 @functools.cache
 def _function(name: str) -> Callable[..., Any]:
     define(name)
     op: Any = getattr(torch.ops.vllm_gems, name).default
-    call = _shortcut(op, _direct(name), True)
+    call = _shortcut(op, _direct(name), True, (frozenset(),) if TABLE[name].rest else _names_after(op))
     call.__name__ = call.__qualname__ = name
     call.__doc__ = f"torch.ops.aten.{TABLE[name].overload} by our kernel: {op._schema}"
     return call
 
 
-def _shortcut(op: Any, direct: Callable[..., Any], differentiable: bool) -> Callable[..., Any]:
-    """`direct` where the dispatcher would do nothing before it, else `op`."""
+def _names_after(op: Any) -> tuple[frozenset[str], ...]:
+    """The names that arguments may be given by, after so many that are given by position."""
+    names = [each.name for each in op._schema.arguments]
+    return tuple(frozenset(names[count:]) for count in range(len(names) + 1))
+
+
+def _shortcut(
+    op: Any, direct: Callable[..., Any], differentiable: bool, named: tuple[frozenset[str], ...] | None
+) -> Callable[..., Any]:
+    """`direct` where the dispatcher would do nothing before it, else `op`.
+
+    named: the names that `direct` understands, as of `_names_after`; None if it looks at them itself. Others are for
+    the dispatcher, which puts arguments in order and knows what to say of wrong ones.
+    """
     plain = _plain()
     keys_of, modes = torch._C._dispatch_keys, torch._C._len_torch_dispatch_stack
     grad_enabled = torch.is_grad_enabled
@@ -119,8 +131,8 @@ def _shortcut(op: Any, direct: Callable[..., Any], differentiable: bool) -> Call
                 keys_of(each).raw_repr() not in plain or (differentiable and each.requires_grad and grad_enabled())
             ):
                 return op(*args, **kwargs)
-        if kwargs and differentiable:
-            return op(*args, **kwargs)  # which puts arguments in order
+        if kwargs and named is not None and not kwargs.keys() <= named[min(len(args), len(named) - 1)]:
+            return op(*args, **kwargs)
         return direct(*args, **kwargs)
 
     return call

@@ -80,7 +80,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
         _rows(terminalreporter.stats),
         folder=Path(folder) if folder else None,
         commit=config.getoption("record_commit", ""),
-        command=f"python -m pytest {' '.join(config.invocation_params.args)}",
+        command=measure.told(["python", "-m", "pytest", *map(str, config.invocation_params.args)]),
         launch=launch.direct_refuses() or "direct",
     )
     terminalreporter.write_line(f"recorded {path}")

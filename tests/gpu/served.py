@@ -19,12 +19,12 @@ ROOT = Path(__file__).resolve().parents[2]
 CASES = {"1", "32", "72", "long", "mixed"}
 
 
-def serve(model: str, folder: Path, include: str, *options: str) -> dict[str, Any]:
+def serve(model: str, folder: Path, include: str, *options: str, exclude: str = "") -> dict[str, Any]:
     """The benchmark's record of two layers of `model`, decoded for comparison with these patches."""
     pytest.importorskip("vllm")
     options = ("--layers", "2", "--batches", "1,72", "--no-times", "--out", str(folder), *options)
     command = [sys.executable, str(ROOT / "benchmarks" / "serve.py"), "--model", model, *options]
-    environ = {**os.environ, "VLLM_GEMS_INCLUDE": include}
+    environ = {**os.environ, "VLLM_GEMS_INCLUDE": include, "VLLM_GEMS_EXCLUDE": exclude}
     ran = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=900, check=False)
     assert ran.returncode == 0, ran.stdout + ran.stderr[-4000:]
     record: dict[str, Any] = json.loads((folder / "serve.json").read_text())

@@ -1,7 +1,8 @@
 """DeepSeek's layers in a real engine on a GPU: the logits of forced decoding against stock vLLM and float32.
 
 A dense layer and one with experts, in the real shapes but for the number of experts, on vLLM's TRITON_MLA backend: the
-patches of parts of a layer, and those of whole blocks, whose parts then answer prefills and mixed batches only.
+patches of parts of a layer, those of whole blocks, whose parts then answer prefills and mixed batches only, and that of
+whole layers.
 """
 
 from __future__ import annotations
@@ -17,15 +18,17 @@ from vllm_gems.catalog import catalog
 MODELS = {"deepseek-v2-lite": "16", "deepseek-v3-4l": "32"}
 PARTS = ("mla.triton_decode", "moe.grouped_topk")
 BLOCKS = ("mla.decode_step", "moe.mixture")
+LAYERS = ("decoder.deepseek_v2",)
 
 
-@pytest.mark.parametrize("patches", [PARTS, BLOCKS], ids=["parts", "blocks"])
+@pytest.mark.parametrize("patches", [PARTS, BLOCKS, LAYERS], ids=["parts", "blocks", "layers"])
 @pytest.mark.parametrize("model", MODELS)
 def test_logits_are_as_near_to_float32_as_stocks(model: str, patches: tuple[str, ...], tmp_path: Path) -> None:
     known = [patch for patch in patches if patch in catalog().patches]
     assert known
     options = ("--attention", "TRITON_MLA", "--experts", MODELS[model])
-    record = serve(model, tmp_path, ",".join(("default", *known)), *options)
+    exclude = "" if patches is LAYERS else "decoder.*"
+    record = serve(model, tmp_path, ",".join(("default", *known)), *options, exclude=exclude)
     attention = record["setting"]["attention"]
     assert {name for process, name in attention.items() if process != "float32"} == {"TRITON_MLA"}
     for patch in known:

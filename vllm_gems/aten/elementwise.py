@@ -175,12 +175,16 @@ def _number(compute: torch.dtype) -> Callable[[Any], Any]:
         return value
 
     def floating(value: Any) -> float:
+        if type(value) in (int, float) and least <= value <= largest:  # nearly always
+            return float(value)
         value = float(number(value))
         if abs(value) > largest and math.isfinite(value):
             decline(f"{value} is no {compute}")
         return value
 
     def whole(value: Any) -> int:
+        if type(value) is int and least <= value <= largest:
+            return value
         value = number(value)
         if isinstance(value, float) and not math.isfinite(value):
             decline(f"{value} is no {compute}")
@@ -190,7 +194,7 @@ def _number(compute: torch.dtype) -> Callable[[Any], Any]:
         return value
 
     if compute.is_floating_point:
-        largest = torch.finfo(compute).max
+        least, largest = torch.finfo(compute).min, torch.finfo(compute).max
         return floating
     if compute is torch.bool:
         return lambda value: int(bool(number(value)))

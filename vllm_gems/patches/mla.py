@@ -68,6 +68,5 @@ PATCHES = (
         ("mla_decode",),
         _triton_decode,
         "one pass over the latent cache, its tokens shared evenly among the multiprocessors; no copy of the query",
-        default=False,
     ),
 )
