@@ -121,16 +121,16 @@ def test_a_failure_in_the_middle_harms_nothing(monkeypatch: pytest.MonkeyPatch) 
     assert torch.equal(model.residual, before)
 
 
-@pytest.mark.parametrize("most", [2, 3])
-def test_many_requests_of_many_experts_are_left_to_vllm(monkeypatch: pytest.MonkeyPatch, most: int) -> None:
-    """Three requests here, of a mixture and of a layer without."""
+@pytest.mark.parametrize(("most", "mixture", "declines"), [(2, True, True), (3, True, False), (2, False, False)])
+def test_many_requests_of_many_experts_are_left_to_vllm(
+    monkeypatch: pytest.MonkeyPatch, most: int, mixture: bool, declines: bool
+) -> None:
+    """Three requests here."""
     monkeypatch.setattr(deepseek, "_MANY_EXPERTS", 1)
     monkeypatch.setattr(deepseek, "_MOST_REQUESTS", most)
-    mixture, dense = (Model(monkeypatch, mixture=has_experts) for has_experts in (True, False))
-    assert (mixture.call(None) == "the original") is (most < 3)
-    assert (mixture.site.hits, sum(mixture.site.declined.values())) == ((0, 1) if most < 3 else (1, 0))
-    dense.call(None)
-    assert (dense.site.hits, dense.site.declined) == (1, {})
+    model = Model(monkeypatch, mixture)
+    assert (model.call(None) == "the original") is declines
+    assert (model.site.hits, sum(model.site.declined.values())) == ((0, 1) if declines else (1, 0))
 
 
 def test_what_is_not_done_goes_to_the_original(monkeypatch: pytest.MonkeyPatch) -> None:
