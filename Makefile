@@ -12,8 +12,15 @@ unexport PYTHONDONTWRITEBYTECODE
 demo: env  ## a small real model in a real vLLM engine, plugin off and on; DEMO="--max-tokens 4" passes options
 	$(PY) examples/compare_tokens.py $(DEMO)
 
+# Engines and compilers are processes of their own, two at a time. Everything else shares the cores by files, whose
+# fixtures are made once.
 test: check  ## everything; TESTS="tests/engine -k tokens" passes options to pytest
+ifdef TESTS
 	$(PY) -m pytest $(TESTS)
+else
+	$(PY) -m pytest -m "engine or compile"
+	$(PY) -m pytest -m "not engine and not compile" -n auto --maxprocesses 8 --dist loadfile
+endif
 
 check: env  ## style and types
 	$(PY) -m ruff check .
