@@ -368,10 +368,10 @@ def test_plans_know_lists_of_tensors_by_their_looks() -> None:
     for shape, plans in (((3, 4), 1), ((3, 4), 1), ((3, 5), 2), ((4, 3), 3)):
         tensors = [torch.rand(shape, device=DEVICE), torch.rand(shape, device=DEVICE)]
         assert torch.equal(calls((tensors, 0), {}), torch.cat(tensors))
-        assert len(calls._plans) == plans
+        assert len(calls.plans) == plans
     transposed = [torch.rand(3, 4, device=DEVICE).t() for _ in range(2)]
     assert torch.equal(calls((transposed, 0), {}), torch.cat(transposed))
-    assert len(calls._plans) == 4
+    assert len(calls.plans) == 4
 
 
 def test_all_that_is_meant_is_overridden() -> None:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 
 from . import ops
-from .aten.overloads import Overload, is_replaceable, name_of
+from .aten.overloads import KEY_NAMES, Overload, is_replaceable, key_text, name_of
 from .catalog import catalog
 from .patches import aten
 
@@ -91,48 +91,85 @@ def function(name: str) -> Callable[..., Any]:
     if kernel is None:
         raise AttributeError(f"module 'vllm_gems' has no attribute {name!r}")
     ops.define([kernel])
-    return functools.wraps(kernel.op)(_shortcut(getattr(torch.ops.vllm_gems, name).default, kernel.op, False, None))
+    return functools.wraps(kernel.op)(_shortcut(getattr(torch.ops.vllm_gems, name).default, kernel.op))
 
 
 @functools.cache
 def _function(name: str) -> Callable[..., Any]:
     define(name)
     op: Any = getattr(torch.ops.vllm_gems, name).default
-    call = _shortcut(op, _direct(name), True, (frozenset(),) if TABLE[name].rest else _names_after(op))
-    call.__name__ = call.__qualname__ = name
+    call = _written_out(name, op)
+    call.__module__, call.__qualname__ = __name__, name
     call.__doc__ = f"torch.ops.aten.{TABLE[name].overload} by our kernel: {op._schema}"
     return call
 
 
-def _names_after(op: Any) -> tuple[frozenset[str], ...]:
-    """The names that arguments may be given by, after so many that are given by position."""
-    names = [each.name for each in op._schema.arguments]
-    return tuple(frozenset(names[count:]) for count in range(len(names) + 1))
+def _written_out(name: str, op: Any) -> Callable[..., Any]:
+    """The function of an op of the table, with the schema's arguments: the dispatcher where that would do something,
+    else the plan for these arguments, else whoever makes one.
 
-
-def _shortcut(
-    op: Any, direct: Callable[..., Any], differentiable: bool, named: tuple[frozenset[str], ...] | None
-) -> Callable[..., Any]:
-    """`direct` where the dispatcher would do nothing before it, else `op`.
-
-    named: the names that `direct` understands, as of `_names_after`; None if it looks at them itself. Others are for
-    the dispatcher, which puts arguments in order and knows what to say of wrong ones.
+    It is text, compiled: what loops over arguments would take is a third of what PyTorch's whole call takes.
     """
+    arguments, planned = op._schema.arguments, _overload_of(name)
+    names = [each.name for each in arguments]
+    rest = [f"rest{index}" for index in range(len(TABLE[name].rest))]
+    starts = [index for index, each in enumerate(arguments) if each.kwarg_only][:1]
+    heads = [
+        f"{each.name}={each.default_value!r}" if each.has_default_value() else each.name for each in arguments
+    ]
+    for index in starts:
+        heads.insert(index, "*")
+    given = ", ".join(f"{each.name}={each.name}" if each.kwarg_only else each.name for each in arguments)
+    is_not_plain = " or ".join(
+        f"(isinstance({each.name}, Tensor) and (keys_of({each.name}).raw_repr() not in plain"
+        f" or ({each.name}.requires_grad and grad_enabled())))"
+        for each in arguments
+        if "Tensor" in str(each.type)
+    )
+    text = f"""
+def {name}({", ".join(heads)}):
+    if is_traced() or modes() or {is_not_plain}:  # Dynamo does not look further than the first
+        return op({given})
+    plan = plans.get({key_text([*names, *rest], planned.kinds)})
+    if plan is None or type(plan) is str:
+        return direct({given})
+    try:
+        result = plan(({", ".join([*names, *rest])},))
+    except Exception:
+        return direct({given})  # which tries once more, and then leaves it to PyTorch
+    calls[{name!r}] += 1
+    return result
+"""
+    found: dict[str, Any] = {
+        **KEY_NAMES,
+        **dict(zip(rest, TABLE[name].rest, strict=True)),
+        "is_traced": torch.compiler.is_dynamo_compiling,
+        "modes": torch._C._len_torch_dispatch_stack,
+        "keys_of": torch._C._dispatch_keys,
+        "plain": _plain(),
+        "grad_enabled": torch.is_grad_enabled,
+        "op": op,
+        "plans": planned.plans,
+        "direct": _direct(name),
+        "calls": ops.CALLS,
+    }
+    exec(text, found)
+    function: Callable[..., Any] = found[name]
+    return function
+
+
+def _shortcut(op: Any, direct: Callable[..., Any]) -> Callable[..., Any]:
+    """`direct` where the dispatcher would do nothing before it, else `op`, which has no gradient."""
     plain = _plain()
     keys_of, modes = torch._C._dispatch_keys, torch._C._len_torch_dispatch_stack
-    grad_enabled = torch.is_grad_enabled
 
     def call(*args: Any, **kwargs: Any) -> Any:
         # Dynamo does not look further than this.
         if torch.compiler.is_dynamo_compiling() or modes():
             return op(*args, **kwargs)
         for each in (*args, *kwargs.values()) if kwargs else args:
-            if isinstance(each, torch.Tensor) and (
-                keys_of(each).raw_repr() not in plain or (differentiable and each.requires_grad and grad_enabled())
-            ):
+            if isinstance(each, torch.Tensor) and keys_of(each).raw_repr() not in plain:
                 return op(*args, **kwargs)
-        if kwargs and named is not None and not kwargs.keys() <= named[min(len(args), len(named) - 1)]:
-            return op(*args, **kwargs)
         return direct(*args, **kwargs)
 
     return call
@@ -179,8 +216,7 @@ _WITHOUT_GRADIENT = ("eq_tensor", "lt_tensor", "argmax")
 @functools.cache
 def _direct(name: str) -> Callable[..., Any]:
     """What an op does once the dispatcher is through."""
-    op, overload = TABLE[name], TABLE[name]()
-    call = Overload(overload, next(row for row in aten.ROWS if row.op == _base(op) and row.reads(overload._schema)))
+    op, overload, call = TABLE[name], TABLE[name](), _overload_of(name)
 
     def run(*args: Any, **kwargs: Any) -> Any:
         try:
@@ -198,8 +234,11 @@ def _direct(name: str) -> Callable[..., Any]:
     return run
 
 
-def _base(op: Op) -> str:
-    return op.overload.partition(".")[0]
+@functools.cache
+def _overload_of(name: str) -> Overload:
+    op, overload = TABLE[name], TABLE[name]()
+    base = op.overload.partition(".")[0]
+    return Overload(overload, next(row for row in aten.ROWS if row.op == base and row.reads(overload._schema)))
 
 
 def _differentiate(name: str, op: Op, overload: Any) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn, Protocol
 
 import torch
@@ -112,7 +112,7 @@ class Overload:
         self._positional = [each.name for each in inputs if not each.kwarg_only]
         self._defaults = tuple(each.default_value for each in (*inputs, *outs))
         self._key = _key_of([*self.kinds, *(str(each.type) for each in outs)])
-        self._plans: dict[Any, Plan | str] = {}  # or why there is none
+        self.plans: dict[Any, Plan | str] = {}  # by key; or why there is none
         self._lock = threading.Lock()
 
     def in_order(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
@@ -126,7 +126,7 @@ class Overload:
     def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         args = self.in_order(args, kwargs)
         key = self._key(args)
-        plan = self._plans.get(key)
+        plan = self.plans.get(key)
         if plan is None:
             plan = self._make(key, args)
         if isinstance(plan, str):
@@ -141,9 +141,9 @@ class Overload:
                 raise  # what is not compiled yet may be later
             plan = str(refusal)
         with self._lock:
-            if len(self._plans) >= PLANS:
-                self._plans.clear()
-            self._plans[key] = plan
+            if len(self.plans) >= PLANS:
+                self.plans.clear()
+            self.plans[key] = plan
         return plan
 
     # What rows ask when they plan
@@ -220,9 +220,8 @@ class Overload:
         return given
 
 
-def _key_of(kinds: list[str]) -> Callable[[tuple[Any, ...]], Any]:
-    """arguments of these kinds -> what a plan for them depends on; written out, since every call asks for it."""
-    names = [f"a{index}" for index in range(len(kinds))]
+def key_text(names: Sequence[str], kinds: Sequence[str]) -> str:
+    """What a plan for arguments of these names and kinds depends on, as Python with KEY_NAMES; every call asks for it."""
     parts = []
     for name, kind in zip(names, kinds, strict=True):
         otherwise = f"type({name})"
@@ -230,9 +229,13 @@ def _key_of(kinds: list[str]) -> Callable[[tuple[Any, ...]], Any]:
             otherwise = f"tuple(map(look, {name})) if isinstance({name}, (list, tuple)) else {name}"
         look = f"({name}.dtype, {name}.shape, {name}.stride(), {name}.get_device())"
         parts.append(f"{look} if isinstance({name}, Tensor) else {otherwise}")
-    source = f"def key(args):\n    {', '.join(names)}, = args\n    return {', '.join(parts)},"
-    found: dict[str, Any] = {"look": _look, "Tensor": torch.Tensor}
-    exec(source, found)
+    return f"({', '.join(parts)},)"
+
+
+def _key_of(kinds: Sequence[str]) -> Callable[[tuple[Any, ...]], Any]:
+    names = [f"a{index}" for index in range(len(kinds))]
+    found: dict[str, Any] = dict(KEY_NAMES)
+    exec(f"def key(args):\n    {', '.join(names)}, = args\n    return {key_text(names, kinds)}", found)
     key: Callable[[tuple[Any, ...]], Any] = found["key"]
     return key
 
@@ -242,6 +245,9 @@ def _look(value: Any) -> Any:
     if isinstance(value, torch.Tensor):
         return value.dtype, value.shape, value.stride(), value.get_device()
     return value
+
+
+KEY_NAMES = {"look": _look, "Tensor": torch.Tensor}
 
 
 def _extent(tensor: torch.Tensor) -> int:
