@@ -221,7 +221,7 @@ class Overload:
 
 
 def key_text(names: Sequence[str], kinds: Sequence[str]) -> str:
-    """What a plan for arguments of these names and kinds depends on, as Python with KEY_NAMES; every call asks for it."""
+    """What a plan for arguments of these names and kinds depends on, as Python with KEY_NAMES: every call asks."""
     parts = []
     for name, kind in zip(names, kinds, strict=True):
         otherwise = f"type({name})"
