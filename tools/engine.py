@@ -5,8 +5,8 @@
 SPEC is `{"jobs": [JOB, ...], "watch": false, "flash": false}`; the fields of a job are those of `Job`, and "flash" asks
 for vLLM's FlashAttention backend on a CPU (`flash_on_cpu`). RESULT has, for each job by its
 name, "dtype", "tokens", "texts", "scores", "hits" (by patch) and "seconds"; and of the process at its end the plugin's
-"report" and the same as a "table" (null and empty if it is off), the "modules" of the plugin that were imported, how
-much was "compiled" and loaded from vLLM's caches, and if SPEC asks to "watch", which methods of vLLM's layers have
+"report" and the same as a "table" (null and empty if it is off), the "modules" of the plugin that were imported, the
+keys of what is in vLLM's cache of "compiled" code, and if SPEC asks to "watch", which methods of vLLM's layers have
 "changed".
 
 This program never mentions the plugin to vLLM: that vLLM finds it by its entry point is part of what is tried. Whether
@@ -233,14 +233,15 @@ def main() -> None:
         gc.collect()  # the engine's memory, before the next one asks how much there is
         answer["hits"] = {name: count - hits.get(name, 0) for name, count in _hits().items()}
         results[job.name] = {"dtype": job.dtype, "seconds": round(time.monotonic() - started, 1), **answer}
-    from vllm.compilation.counter import compilation_counter
+    from vllm import envs
 
+    compiled = Path(envs.VLLM_CACHE_ROOT, "torch_compile_cache")
     after, report = methods(watched), _report()
     result: dict[str, Any] = {
         "jobs": results,
         "report": report.to_json() if report else None,
         "table": str(report) if report else "",
-        "compiled": dataclasses.asdict(compilation_counter),
+        "compiled": sorted(path.name for path in compiled.glob("*/*")),
         "modules": sorted(name for name in sys.modules if name.partition(".")[0] == "vllm_gems"),
         "changed": sorted(name for name in {*before, *after} if after.get(name) is not before.get(name)),
     }

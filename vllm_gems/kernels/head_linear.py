@@ -105,7 +105,7 @@ def _tiling(shape: HeadShape, rows: int, dtype: torch.dtype, aligned: bool) -> t
     if dtype.itemsize == 4 or not aligned:
         return 32, 32 if aligned else 16, 1
     if rows == _MANY_ROWS:
-        return 64, 64, 3
+        return 64, 64, 2
     return (32 if shape.num_heads * triton.cdiv(shape.out_features, 32) >= _ENOUGH else 16), 64, 3
 
 
@@ -125,7 +125,7 @@ def _build(shape: HeadShape, rows: int, dtype: torch.dtype, aligned: bool = True
             ("DEPTH", depth),
         ),
         aligned=aligned,
-        num_warps=4,
+        num_warps=8 if rows == _MANY_ROWS else 4,
         num_stages=num_stages,
         maxnreg=128,  # left to itself the assembler spills, to fit more programs
     )

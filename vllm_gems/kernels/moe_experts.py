@@ -29,10 +29,10 @@ MAX_TOPK = 32
 
 # Up to so many pairs a program looks for its own among the ids; beyond, they are listed before.
 _SCANNED = 64
-# Rows of a tile for experts with more pairs than most, and bytes of shared memory for its stages: two programs share a
-# multiprocessor.
-_MANY_ROWS = 64
-_MANY_BYTES = 112 << 10
+# Rows of a tile for experts with more pairs than most, as many as fit into registers beside the other tile's, and bytes
+# of shared memory for its stages, of which AMD's GPUs have no more.
+_MANY_ROWS = 32
+_MANY_BYTES = 64 << 10
 # Pairs that are counted at once when they are listed.
 _CHUNK = 1024
 
@@ -250,7 +250,7 @@ def default_tiling(experts: Experts, num_tokens: int, gated: bool, itemsize: int
         return Tiling(min(rows, 32), 16 if gated else 32, 16, 4, 2)
     in_features = experts.hidden_size if gated else experts.intermediate_size
     # Masks along the sum, of sizes that steps do not divide, take registers, too.
-    depth = 32 if in_features % 64 else 64 if rows == 64 or in_features % 128 else 128
+    depth = 32 if in_features % 64 else 64 if rows >= 32 or in_features % 128 else 128
     return Tiling(rows, 32 if gated else 64, depth, 4, 4)
 
 
@@ -319,7 +319,7 @@ def experts_build(
             ("DEPTH", tiling.depth),
             ("STAGES", tiling.num_stages),
             ("MANY_ROWS", many_rows),
-            ("MANY_STAGES", max(2, min(tiling.num_stages, _MANY_BYTES // stage))),
+            ("MANY_STAGES", max(1, min(tiling.num_stages, _MANY_BYTES // stage))),
         ),
         aligned=aligned,
         num_warps=tiling.num_warps,
