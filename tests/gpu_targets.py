@@ -35,8 +35,8 @@ MUST_SPILL = "a kernel that must spill"
 # Constexprs that say how large operands are, not how the work is divided. Kernels branch on whether they are 0 or 1.
 SIZES = {
     "BLOCK_SIZE", "EXPERTS", "GROUP", "HALF", "HEAD", "HEADS", "HEAD_SIZE", "HIDDEN", "IN", "INNER", "KV_HEADS",
-    "K_HEADS", "LATENT", "OFFSET", "OUT", "PADDED", "PADDED_HEADS", "PAIRS", "Q_HEADS", "ROPE", "SECTION_H", "SECTION_T",
-    "SECTION_W", "SPLIT", "TOPK", "VARIANCE_SIZE", "VOCAB", "WIDTH",
+    "K_HEADS", "LATENT", "OFFSET", "OUT", "PADDED", "PADDED_HEADS", "PAIRS", "Q_HEADS", "ROPE", "SECTION_H",
+    "SECTION_T", "SECTION_W", "SPLIT", "TOPK", "VARIANCE_SIZE", "VOCAB", "WIDTH",
 }  # fmt: skip
 
 # Constexprs for an operand that adds to what a kernel takes and changes nothing else of it: with it is enough.
