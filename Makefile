@@ -19,7 +19,7 @@ ifdef TESTS
 	$(PY) -m pytest $(TESTS)
 else
 	$(PY) -m pytest -m "engine or compile"
-	$(PY) -m pytest -m "not engine and not compile" -n auto --maxprocesses 8 --dist loadfile
+	$(PY) -m pytest -m "not engine and not compile" -n auto --maxprocesses 4 --dist loadfile
 endif
 
 check: env  ## style and types

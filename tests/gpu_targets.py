@@ -136,8 +136,10 @@ def jobs_for(target: str) -> list[Job]:
     jobs = every_job(catalog().kernels.values())
     overrides = override_jobs(target)
     if target != MODELS_ON:
-        some = (*representatives(jobs, target), *overrides)
-        return [job for job in some if job.build.aligned or target in MISALIGNED_ON]
+        some = [*representatives(jobs, target), *overrides]
+        # Some kernels have no other builds.
+        others = {name for job in some if job.build.aligned for name in job.kernels}
+        return [job for job in some if job.build.aligned or target in MISALIGNED_ON or not others & set(job.kernels)]
     of_models = [job for job in jobs if job.bench and job.build.aligned and job.dtype == job.dtypes[-1]]
     every = (*of_models, *representatives(jobs, target), *hopper_jobs(), *overrides)
     return list({job.build: job for job in every}.values())
