@@ -194,7 +194,7 @@ def convolution_build(call: Convolved, aligned: bool) -> tuple[Build, int, tuple
         scalars.leave_out(2)
     add_strides(call.out, call.out_shape)
     # Channels are beside each other in all three, in whole pieces of 16.
-    hinted = all(kind is None or kind.endswith("/16") for kind in scalars.types[-12:])
+    hinted = all(value % 16 == 0 for value in scalars.values[-12:])
     together = (call.x[1], flat, call.out[1]) == (1, 1, 1) and (last or kernel_h * kernel_w == 1)
     wide = aligned and hinted and together and channels % 16 == 0 and cols % 16 == 0
     if call.bias is None:

@@ -24,7 +24,7 @@ from ..kernels.indexing import (
 )
 from .models import vocabulary
 from .search import Job, Scope, Tunable
-from .trials import copies, us_of
+from .trials import compile_all, copies, us_of
 
 
 class Rows(NamedTuple):
@@ -63,9 +63,7 @@ def candidates(job: Job) -> Sequence[Division]:
 
 
 def compile_one(job: Job, candidate: Division, arch: int) -> None:
-    from triton.backends.compiler import GPUTarget
-
-    launch.compile_for(job.about.way(candidate).build, GPUTarget("cuda", arch, 32))
+    compile_all([job.about.way(candidate).build], arch)
 
 
 class Context(NamedTuple):

@@ -25,7 +25,7 @@ from ..kernels.linear import (
 )
 from .models import linears
 from .search import Job, Scope, Tunable, best_of_all
-from .trials import SHARED_MEMORY, TOLERANCE, copies, us_of, worst, worst_error
+from .trials import SHARED_MEMORY, TOLERANCE, compile_all, copies, us_of, worst, worst_error
 
 # Rows at which each class of them is tuned.
 CLASSES = {16: (1, 16), 32: (32,), 64: (64,)}
@@ -77,10 +77,8 @@ def candidates(job: Job) -> Sequence[Tiling]:
 
 
 def compile_one(job: Job, candidate: Tiling, arch: int) -> None:
-    from triton.backends.compiler import GPUTarget
-
     shape, rows, dtype = job.about
-    launch.compile_for(build_of(shape, rows, candidate, dtype), GPUTarget("cuda", arch, 32))
+    compile_all([build_of(shape, rows, candidate, dtype)], arch)
 
 
 def weights(shape: Shape, device: str, dtype: torch.dtype) -> list[torch.Tensor]:

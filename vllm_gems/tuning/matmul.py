@@ -14,7 +14,7 @@ from ..kernels.common import dtype_of, randn
 from ..kernels.matmul import Matrices, Tiling, default_tiling, key_of, matmul_build, rows_class, source
 from .models import absorbed, all_linears, vocabulary
 from .search import Job, Scope, Tunable
-from .trials import SHARED_MEMORY, TOLERANCE, copies, us_of, worst, worst_error
+from .trials import SHARED_MEMORY, TOLERANCE, compile_all, copies, us_of, worst, worst_error
 
 # (rows, cols, warps) of tiles that fill tensor cores, with at most 128 sums a thread.
 TILES = (
@@ -117,11 +117,9 @@ def candidates(job: Job) -> Sequence[Tiling]:
 
 
 def compile_one(job: Job, candidate: Tiling, arch: int) -> None:
-    from triton.backends.compiler import GPUTarget
-
-    for count in job.about.counts:
-        build, _, _ = matmul_build(job.about.matrices(count), job.about.bias, True, tiling=candidate)
-        launch.compile_for(build, GPUTarget("cuda", arch, 32))
+    about = job.about
+    built = (matmul_build(about.matrices(count), about.bias, True, tiling=candidate) for count in about.counts)
+    compile_all((build for build, _, _ in built), arch)
 
 
 class Context(NamedTuple):

@@ -22,7 +22,7 @@ from ..kernels.moe_experts import (
 )
 from .models import mixture
 from .search import Job, Scope, Tunable
-from .trials import SHARED_MEMORY, TOLERANCE, copies, us_of, worst_error
+from .trials import SHARED_MEMORY, TOLERANCE, compile_all, copies, us_of, worst_error
 
 
 class Product(NamedTuple):
@@ -79,9 +79,7 @@ def candidates(job: Job) -> Sequence[Tiling]:
 
 
 def compile_one(job: Job, candidate: Tiling, arch: int) -> None:
-    from triton.backends.compiler import GPUTarget
-
-    launch.compile_for(job.about.build(candidate), GPUTarget("cuda", arch, 32))
+    compile_all([job.about.build(candidate)], arch)
 
 
 class Routed(NamedTuple):

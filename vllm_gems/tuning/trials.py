@@ -1,4 +1,4 @@
-"""What trials on a GPU share: how many inputs no cache holds, and how wrong a result is."""
+"""What trials share: machine code before they begin, how many inputs no cache holds, and how wrong a result is."""
 
 from __future__ import annotations
 
@@ -7,9 +7,19 @@ from typing import Any
 
 import torch
 
+from ..launch import Build, compile_for
+
 # Relative distance from the float32 reference in 16 bits: one rounding, which is 2**-8 of a bfloat16 at most.
 TOLERANCE = 4e-3
 SHARED_MEMORY = 220 * 1024  # bytes a program may have on an H100, some left for Triton
+
+
+def compile_all(builds: Iterable[Build], arch: int) -> None:
+    """Machine code for NVIDIA's architecture `arch` into Triton's cache."""
+    from triton.backends.compiler import GPUTarget
+
+    for build in builds:
+        compile_for(build, GPUTarget("cuda", arch, 32))
 
 
 def copies(nbytes: int) -> int:
