@@ -26,11 +26,6 @@ from .decode_steps import (
     workspace_for,
 )
 
-# On an H100 a step of DeepSeek-V3's layers, with 256 experts, was faster than vLLM's at 32 requests and slower at 256;
-# of DeepSeek-V2-Lite's, with 64, it was faster at all (docs/mla.md).
-_MANY_EXPERTS = 128
-_MOST_REQUESTS = 64
-
 # Which layers are for us
 
 
@@ -102,7 +97,6 @@ def _bind(layer: Any, hidden_states: Any) -> Callable[..., Any]:
     attention = mla_step.bind_block(layer.self_attn.mla_attn, hidden_states)
     experts = getattr(layer.mlp, "experts", None)
     block = _dense_block(layer.mlp, hidden_states) if experts is None else moe_step.bind_block(experts, hidden_states)
-    count = 0 if experts is None else experts.router.global_num_experts
     impl = layer.self_attn.mla_attn.mla_attn.impl
     norms = layer.input_layernorm, layer.post_attention_layernorm
     known = [*attention.known, *block.known, *parameters_of(norms[0]), *parameters_of(norms[1])]
@@ -134,8 +128,6 @@ def _bind(layer: Any, hidden_states: Any) -> Callable[..., Any]:
     def call(step: Step, kv_cache: Any, hidden_states: Any, residual: Any) -> Any:
         nonlocal cache, run
         rows = step.num_requests
-        if rows > _MOST_REQUESTS and count > _MANY_EXPERTS:
-            raise Refused(f"more than {_MOST_REQUESTS} requests and {_MANY_EXPERTS} experts, not measured faster")
         for name, x in (("hidden_states", hidden_states), ("residual", residual)):
             if x is None:
                 continue
