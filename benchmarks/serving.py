@@ -133,6 +133,7 @@ class Server:
         self.side, self.model, self.port = side, model, free_port()
         self.found: dict[str, Any] = {"runs": []}
         self._log, self._reports = out / f"{side.name}.log", out / f"{side.name}-reports"
+        self._client_log = out / f"{side.name}-client.log"
         self._started = time.time()
         self._first_request = 0.0
         words = [str(model), "--tokenizer", str(tokenizer_of(model)), "--host", "127.0.0.1", "--port", str(self.port)]
@@ -217,7 +218,8 @@ class Server:
                 "--result-filename", "result.json",
             ]  # fmt: skip
             parser, client = benchmark_client()
-            client(parser.parse_args(words))
+            with self._client_log.open("a") as sink, contextlib.redirect_stdout(sink):
+                client(parser.parse_args(words))
             result = json.loads((Path(folder) / "result.json").read_text())
         keys = ("completed", "failed", "duration", "total_input_tokens", "total_output_tokens", *MEASURES)
         self.found["runs"].append({key: result[key] for key in keys if key in result})
@@ -376,6 +378,8 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "model"
         write_model(folder, model)
+        if args.out:
+            args.out.mkdir(parents=True, exist_ok=True)
         for group in serve.groups_of([len(pair) * need for pair in pairs], room):
             sides = list(itertools.chain.from_iterable(pairs[index] for index in group))
             print(f"beside each other: {', '.join(side.name for side in sides)}", flush=True)
@@ -405,7 +409,7 @@ def main() -> int:
         print(f"recorded {measure.record(args.record, rows, commit=args.commit, **more)}")
     if args.out:
         measure.record(args.record or "serving", rows, folder=args.out, commit=args.commit, **more)
-    print("\n".join(problems) or "every request answered, nothing compiled after warm-up, no errors")
+    print("\n".join(problems) or "no problems")
     return 1 if problems else 0
 
 
