@@ -363,6 +363,25 @@ def allocator(device: int, dtype: torch.dtype) -> Callable[[int, int], Any]:
     return empty
 
 
+def strided_allocator(
+    device: int, shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype
+) -> Callable[[Any], Any]:
+    """(anything) -> an uninitialised tensor, by the shortest way that PyTorch has; see `allocator`."""
+    where = torch.device("cpu") if device == CPU else torch.device("cuda", device)
+    empty = torch.empty_strided
+    shortest: Any = None if device == CPU else getattr(torch._C._dynamo.guards, "_empty_strided_cuda", None)
+    if shortest is None:
+        return lambda _: empty(shape, strides, dtype=dtype, device=where)
+    current_device: Any = torch._C._cuda_getDevice
+
+    def allocate(_: Any) -> Any:
+        if current_device() == device:
+            return shortest(shape, strides, dtype)
+        return empty(shape, strides, dtype=dtype, device=where)
+
+    return allocate
+
+
 def aligned(*addresses: int) -> bool:
     """Whether all addresses (or byte strides) are multiples of 16."""
     bits = 0
