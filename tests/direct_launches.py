@@ -400,14 +400,14 @@ def test_an_empty_grid_of_a_recording_launches_nothing(in_c: None) -> None:
 
 
 def test_programs_that_do_not_fit_together_are_refused() -> None:
-    driver = replay._driver()
+    driver, module = launch.driver(), launch.in_c("replay")
     assert driver is not None
     launched = (1).to_bytes(8, "little") + b"".join(number.to_bytes(4, "little") for number in (1, 32, 0, 1, 2, 0))
     for cells, launches, patches in ((16, launched, b""), (8, b"", bytes((9,)) + bytes(15))):
         with pytest.raises(ValueError, match="do not fit"):
-            driver.module.make(driver.launch, 2, bytes(cells), launches, patches)
-    program = driver.module.make(driver.launch, 2, b"", b"", b"")
+            module.make(driver.launch, 2, bytes(cells), launches, patches)
+    program = module.make(driver.launch, 2, b"", b"", b"")
     with pytest.raises(TypeError, match="1 values for a program of 2"):
-        driver.module.run(program, 0)
+        module.run(program, 0)
     with pytest.raises(OverflowError):
-        driver.module.run(program, 0, -1)
+        module.run(program, 0, -1)

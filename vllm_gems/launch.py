@@ -9,10 +9,14 @@ current device. Those, an unknown Triton release, the interpreter and backends w
 
 from __future__ import annotations
 
+import ctypes
+import functools
+import logging
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple, TypeGuard
 
@@ -22,6 +26,8 @@ from triton.compiler import ASTSource
 
 from . import interpreter, policy
 from .errors import NoDeviceError, Refused
+
+logger = logging.getLogger("vllm_gems")
 
 INTERPRETED = policy.triton_interpreted()
 if INTERPRETED:
@@ -261,6 +267,10 @@ def _direct(build: Build, device: int) -> Launch:
         with torch.cuda.device(device):
             subscript(grid, *args)
 
+    made = _in_c(native, device, guarded, kernel)
+    if made is not None:
+        launch: Launch = made
+        return launch
     # Written out for this kernel's number of arguments: unpacking tuples into a call would cost a third of what the
     # wrapper around the C launcher costs.
     own = [f"a{index}" for index in range(len(build.types))]
@@ -287,8 +297,91 @@ def _direct(build: Build, device: int) -> Launch:
         **dict(zip(settled, head, strict=True)),
     }
     exec(source, names)
-    launch: Launch = names["launch"]
+    launch = names["launch"]
     return launch
+
+
+class Driver(NamedTuple):
+    """Of CUDA's driver what launches without Triton take."""
+
+    launch: int  # the address of cuLaunchKernel
+    parameters: Callable[[int], list[int] | None]  # a kernel's handle -> the sizes of its parameters, in bytes
+
+
+@functools.cache
+def driver() -> Driver | None:
+    """None where kernels are launched by Triton's own launchers."""
+    if direct_refuses():
+        return None
+    try:
+        library = ctypes.CDLL("libcuda.so.1")
+        ask, launch = library.cuFuncGetParamInfo, library.cuLaunchKernel
+    except (OSError, AttributeError) as error:  # a driver before CUDA 12.4: slower, and nothing else
+        logger.warning("kernels are launched by Triton's launchers: %s: %s", type(error).__name__, error)
+        return None
+    ask.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p, ctypes.c_void_p]
+
+    def parameters(kernel: int) -> list[int] | None:
+        found: list[int] = []
+        offset, size = ctypes.c_size_t(), ctypes.c_size_t()
+        while ask(kernel, len(found), ctypes.addressof(offset), ctypes.addressof(size)) == 0:
+            found.append(size.value)
+            if len(found) > 256:
+                return None
+        return found
+
+    return Driver(int(ctypes.cast(launch, ctypes.c_void_p).value or 0), parameters)
+
+
+@functools.cache
+def in_c(name: str) -> Any:
+    """`<name>.c` of this package as a module, or None where there is no compiler for it: slower, and nothing else.
+
+    It is built by the compiler that Triton builds its launchers with, and kept where those are.
+    """
+    from triton.runtime.build import compile_module_from_src
+
+    try:
+        return compile_module_from_src(Path(__file__).with_name(f"{name}.c").read_text(), f"vllm_gems_{name}")
+    except Exception as error:
+        logger.warning("%s.c is not built, and Python does its work: %s: %s", name, type(error).__name__, error)
+        return None
+
+
+_LETTERS = {"i32": "i", "i64": "l", "fp32": "f", "fp64": "d"}
+_SIZES = {"p": 8, "i": 4, "l": 8, "f": 4, "d": 8}
+
+
+def layout(native: Native) -> tuple[str, int] | None:
+    """What each argument is to `launch.c`, and the number of the kernel's parameters; None if that is not known.
+
+    After the kernel's own come the addresses of Triton's scratch memory, of which it uses none.
+    """
+    found = driver()
+    have = found.parameters(native.kernel) if found is not None else None
+    letters = [
+        " " if not is_passed(kind) else "p" if kind[0] == "*" else _LETTERS.get(kind.partition("/")[0], "")
+        for kind in native.types
+    ]
+    sizes = [_SIZES.get(letter, 0) for letter in letters if letter != " "]
+    if have is None or have[: len(sizes)] != sizes or any(size != 8 for size in have[len(sizes) :]):
+        return None
+    return "".join(letters), len(have)
+
+
+def _in_c(native: Native | None, device: int, guarded: Launch, kernel: Any) -> Any:
+    """The launch of a kernel by `launch.c`, or None where that cannot be."""
+    known = layout(native) if native is not None else None
+    module = in_c("launch") if known is not None else None
+    if native is None or known is None or module is None or len(native.types) > module.MOST:
+        return None
+    letters, parameters = known
+    hooks = triton.knobs.runtime.launch_enter_hook.calls, triton.knobs.runtime.launch_exit_hook.calls
+    core: Any = torch._C
+    # The kernel is held: Triton unloads the machine code of one that nobody holds.
+    asked = device, core._cuda_getDevice, core._cuda_getCurrentRawStream, *hooks, _TAPES, guarded, kernel
+    address = driver().launch  # type: ignore[union-attr]
+    return module.make(address, native.kernel, native.threads, native.shared, parameters, letters, asked)
 
 
 def readiness(device: int) -> Callable[[], bool]:

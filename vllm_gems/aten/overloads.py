@@ -261,7 +261,9 @@ class Attempts:
 
 def _attempt(kinds: Sequence[str], args: tuple[Any, ...], plan: Plan) -> Attempt | None:
     """For calls like this one; None where a guard cannot tell."""
-    tests, settled, tensors = [], [], []
+    tests: list[str] = []
+    settled: list[Any] = []
+    tensors: list[torch.Tensor] = []
     for kind, value in zip(kinds, args, strict=True):
         is_tensor = isinstance(value, torch.Tensor)
         if is_tensor and kind in _TENSORS:
