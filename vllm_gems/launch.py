@@ -301,6 +301,21 @@ def _direct(build: Build, device: int) -> Launch:
     return launch
 
 
+def settled(launch: Launch, grid: int, args: tuple[Any, ...]) -> Callable[..., None]:
+    """`launch(grid, *args)` as a function of those of `args` that are `...`, in their order.
+
+    What does not change is not passed and packed again at every call.
+    """
+    holes = [f"a{index}" for index, arg in enumerate(args) if arg is ...]
+    # More than thirty arguments take Python a list and a tuple; numbers that were packed take nothing.
+    names: dict[str, Any] = {"launch": launch, **{f"a{index}": arg for index, arg in enumerate(args) if arg is not ...}}
+    passed = ", ".join(f"a{index}" for index in range(len(args)))
+    exec(f"def whole({', '.join(holes)}):\n    launch({grid}, {passed})\n", names)
+    in_c = getattr(launch, "settle", None)
+    found: Callable[..., None] = names["whole"] if in_c is None else in_c(grid, args, names["whole"])
+    return found
+
+
 class Driver(NamedTuple):
     """Of CUDA's driver what launches without Triton take."""
 
@@ -373,7 +388,7 @@ def _in_c(native: Native | None, device: int, guarded: Launch, kernel: Any) -> A
     """The launch of a kernel by `launch.c`, or None where that cannot be."""
     known = layout(native) if native is not None else None
     module = in_c("launch") if known is not None else None
-    if native is None or known is None or module is None or len(native.types) > module.MOST:
+    if native is None or known is None or module is None or max(len(native.types) + 1, known[1]) > module.MOST:
         return None
     letters, parameters = known
     hooks = triton.knobs.runtime.launch_enter_hook.calls, triton.knobs.runtime.launch_exit_hook.calls

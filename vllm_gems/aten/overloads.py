@@ -10,7 +10,7 @@ from typing import Any, NoReturn, Protocol
 import torch
 
 from ..errors import Refused
-from ..launch import CPU, INTERPRETED, Build, Launch, direct_refuses, launcher, strided_allocator
+from ..launch import CPU, INTERPRETED, Build, direct_refuses, launcher, settled, strided_allocator
 
 # What does a call whose arguments look like those it was made for: arguments in the schema's order -> the result.
 Plan = Callable[[tuple[Any, ...]], Any]
@@ -73,20 +73,22 @@ def is_replaceable(name: str, key: str) -> bool:
     )
 
 
-def launches_of(build_of: Callable[[bool], Build], device: int) -> Callable[[int], Launch]:
-    """(the bits of all addresses, or-ed) -> how to launch: aligned tensors are compiled for now, others when there are.
+def launches_of(
+    build_of: Callable[[bool], Build], device: int, grid: int, args: tuple[Any, ...]
+) -> Callable[[int], Callable[..., None]]:
+    """(the bits of all addresses, or-ed) -> how to launch `grid` programs with `args`, given those that are `...`.
 
-    Few ever come, and each build takes a compiler's time.
+    Aligned tensors are compiled for now, others when there are: few ever come, and each build takes a compiler's time.
     """
-    aligned = launcher(build_of(True), device)
-    misaligned: Launch | None = None
+    aligned = settled(launcher(build_of(True), device), grid, args)
+    misaligned: Callable[..., None] | None = None
 
-    def launch_for(bits: int) -> Launch:
+    def launch_for(bits: int) -> Callable[..., None]:
         nonlocal misaligned
         if not bits & 15:
             return aligned
         if misaligned is None:
-            misaligned = launcher(build_of(False), device)
+            misaligned = settled(launcher(build_of(False), device), grid, args)
         return misaligned
 
     return launch_for
