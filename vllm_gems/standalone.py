@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 
 from . import ops
-from .aten.overloads import Attempts, Overload, is_replaceable, name_of
+from .aten.overloads import Attempts, Overload, is_replaceable, name_of, signature_of
 from .catalog import catalog
 from .patches import aten
 
@@ -106,37 +106,28 @@ def _function(name: str) -> Callable[..., Any]:
 
 def _written_out(name: str, op: Any) -> Callable[..., Any]:
     """The function of an op of the table, with the schema's arguments: an attempt that does calls which look like this
-    one, else the dispatcher where that would do something, else the plan for these arguments, which is remembered.
-
-    It is text, compiled: what loops over arguments would take is a third of what PyTorch's whole call takes.
-    """
-    arguments, planned = op._schema.arguments, _overload_of(name)
-    rest = [f"rest{index}" for index in range(len(TABLE[name].rest))]
-    starts = [index for index, each in enumerate(arguments) if each.kwarg_only][:1]
-    heads = [
-        f"{each.name}={each.default_value!r}" if each.has_default_value() else each.name for each in arguments
-    ]
-    for index in starts:
-        heads.insert(index, "*")
-    given = ", ".join(f"{each.name}={each.name}" if each.kwarg_only else each.name for each in arguments)
+    one, else the dispatcher where that would do something, else the plan for these arguments, which is remembered."""
+    signature, planned = signature_of(op._schema), _overload_of(name)
+    rest = {f"rest_{index}": value for index, value in enumerate(TABLE[name].rest)}
     # Attempts of its own: what is plain is known before one is remembered, and a guard sees when that changes.
     attempts = Attempts(planned.kinds)
     text = f"""
-def {name}({", ".join(heads)}):
+def {name}({signature.heads}):
     if is_traced():  # Dynamo does not look further than this
-        return op({given})
+        return op({signature.given})
     try:
-        for attempt in attempts({arguments[attempts.first].name}.shape, ()):
-            result = attempt({", ".join([*(each.name for each in arguments), *rest])})
+        for attempt in attempts({signature.names[attempts.first]}.shape, ()):
+            result = attempt({", ".join([*signature.names, *rest])})
             if result is not None:
                 calls[{name!r}] += 1
                 return result
-    except Exception:  # it is tried once more, and then left to PyTorch
-        return direct({given})
-    return direct({given})
+    except Exception:
+        pass  # it is tried once more, and then left to PyTorch
+    return direct({signature.given})
 """
     found: dict[str, Any] = {
-        **dict(zip(rest, TABLE[name].rest, strict=True)),
+        **signature.defaults,
+        **rest,
         "is_traced": torch.compiler.is_dynamo_compiling,
         "op": op,
         "attempts": attempts.find,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NoReturn, Protocol
+from typing import Any, NamedTuple, NoReturn, Protocol
 
 import torch
 
@@ -201,22 +201,31 @@ class Overload:
 
     def _given(self, index: int, apart: bool) -> Callable[[tuple[Any, ...]], Any]:
         others = [other for other in range(self.count) if other != index]
+        # Of what is read: where it is among the arguments, bytes, and whether it lies as what is written does. All
+        # calls of a plan look alike, so this is found at the first.
+        reads: list[tuple[int, int, int, bool]] | None = None
+        length = 0
+
+        def look(args: tuple[Any, ...]) -> list[tuple[int, int, int, bool]]:
+            nonlocal reads, length
+            out, found = args[index], []
+            for other in others:
+                read = args[other]
+                for at, each in enumerate(read) if isinstance(read, (list, tuple)) else ((-1, read),):
+                    if isinstance(each, torch.Tensor):
+                        alike = not apart and each.dtype == out.dtype and each.shape == out.shape
+                        found.append((other, at, _extent(each), alike and each.stride() == out.stride()))
+            length = _extent(out)
+            reads = found
+            return found
 
         def given(args: tuple[Any, ...]) -> Any:
             out = args[index]
             start = out.data_ptr()
-            end = start + _extent(out)
-            for other in others:
-                read = args[other]
-                for each in read if isinstance(read, (list, tuple)) else (read,):
-                    if not isinstance(each, torch.Tensor) or (each is out and not apart):
-                        continue
-                    first = each.data_ptr()
-                    if first >= end or first + _extent(each) <= start:
-                        continue
-                    here = first == start and each.dtype == out.dtype
-                    if apart or not here or each.shape != out.shape or each.stride() != out.stride():
-                        decline("what is written shares memory with what is read")
+            for other, at, nbytes, alike in look(args) if reads is None else reads:
+                first = (args[other] if at < 0 else args[other][at]).data_ptr()
+                if first < start + length and start < first + nbytes and not (alike and first == start):
+                    decline("what is written shares memory with what is read")
             return out
 
         return given
@@ -317,6 +326,29 @@ def make(guard, plan, grad_enabled, {", ".join(f"settled_{name}" for name in nam
     exec(text, found)
     make: Callable[..., Attempt] = found["make"]
     return make
+
+
+class Signature(NamedTuple):
+    """A schema's arguments, as text of a Python function."""
+
+    heads: str  # as it is defined, with defaults by names
+    given: str  # as a call passes all of them on
+    names: list[str]
+    defaults: dict[str, Any]  # by those names
+
+
+def signature_of(schema: Any) -> Signature:
+    """What is written out has no loop over arguments, which would take a third of what PyTorch's whole call takes."""
+    heads: list[str] = []
+    defaults: dict[str, Any] = {}
+    for each in schema.arguments:
+        if each.kwarg_only and "*" not in heads:
+            heads.append("*")
+        if each.has_default_value():
+            defaults[f"default_{each.name}"] = each.default_value
+        heads.append(f"{each.name}=default_{each.name}" if each.has_default_value() else each.name)
+    given = [f"{each.name}={each.name}" if each.kwarg_only else each.name for each in schema.arguments]
+    return Signature(", ".join(heads), ", ".join(given), [each.name for each in schema.arguments], defaults)
 
 
 def _key_text(names: Sequence[str], kinds: Sequence[str]) -> str:
