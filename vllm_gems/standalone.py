@@ -113,7 +113,7 @@ def _written_out(name: str, op: Any) -> Callable[..., Any]:
     attempts = Attempts(planned.kinds)
     text = f"""
 def {name}({signature.heads}):
-    if is_traced():  # Dynamo does not look further than this
+    if is_traced() or modes():  # Dynamo does not look further than the first
         return op({signature.given})
     try:
         for attempt in attempts({signature.names[attempts.first]}.shape, ()):
@@ -129,6 +129,7 @@ def {name}({signature.heads}):
         **signature.defaults,
         **rest,
         "is_traced": torch.compiler.is_dynamo_compiling,
+        "modes": torch._C._len_torch_dispatch_stack,  # guards do not see that of fake tensors
         "op": op,
         "attempts": attempts.find,
         "direct": _shortcut(op, _direct(name, attempts), differentiable=True),

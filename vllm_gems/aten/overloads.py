@@ -261,7 +261,10 @@ class Attempts:
         # Looks that change all the time are not worth a guard each.
         if _GUARDS is None or self.first < 0 or (self._added > _EAGER and self._added % _RARELY):
             return
-        attempt = _attempt(self._kinds, args, plan)
+        try:
+            attempt = _attempt(self._kinds, args, plan)
+        except Exception:  # the call is done, whatever a guard says to its arguments
+            return
         if attempt is None:
             return
         shape = args[self.first].shape
@@ -275,11 +278,15 @@ def _attempt(kinds: Sequence[str], args: tuple[Any, ...], plan: Plan) -> Attempt
     tests: list[str] = []
     settled: list[Any] = []
     tensors: list[torch.Tensor] = []
-    for kind, value in zip(kinds, args, strict=True):
+    for index, (kind, value) in enumerate(zip(kinds, args, strict=True)):
         is_tensor = isinstance(value, torch.Tensor)
         if is_tensor and kind in _TENSORS:
-            tests.append("tensor")
             settled.append(None)
+            before = next(before for before, each in enumerate(args) if each is value)
+            if before < index:  # a guard is of tensors that are several
+                tests.append(f"a{before}")
+                continue
+            tests.append("tensor")
             tensors.append(value)
         elif kind in _TENSORS or kind in _NUMBERS:
             tests.append("type")
@@ -313,6 +320,8 @@ def _attempts_of(tests: tuple[str, ...], without_gradient: bool) -> Callable[...
             conditions.append(f"{name}.__class__ is settled_{name}")
         elif test == "value":
             conditions.append(f"{name} == settled_{name}")
+        elif test != "tensor":
+            conditions.append(f"{name} is {test}")
     conditions.append(f"guard({', '.join(guarded)})")
     text = f"""
 def make(guard, plan, grad_enabled, {", ".join(f"settled_{name}" for name in names)}):
