@@ -1,10 +1,11 @@
-"""The launcher: a compiled Triton kernel called through its own C launcher, in a fifth of the host time.
+"""The launcher: a compiled Triton kernel called past Triton's Python, in a fifth of the host time or less.
 
 `kernel[grid](...)` rebuilds argument dictionaries and a cache key at every call. Here the key is settled once, by
 `Build`: argument types, constexprs, and one bit for alignment. What is left per call is integer pointers, the raw
-current stream, and the guards without which a direct launch would be wrong: launch hooks set by a profiler, or another
-current device. Those, an unknown Triton release, the interpreter and backends without that launcher go through
-`kernel[grid]`, with the same arguments.
+current stream, and the guards without which a direct launch would be wrong: launch hooks set by a profiler, another
+current device, or a recording. `launch.c` does all of it; without it, Triton's own C launcher. What the guards find, an
+unknown Triton release, the interpreter and backends without that launcher go through `kernel[grid]`, with the same
+arguments.
 """
 
 from __future__ import annotations
