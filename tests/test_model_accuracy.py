@@ -161,10 +161,10 @@ def test_a_kernel_that_fails_is_told(tiny: Callable[[str], Any], monkeypatch: py
 
     right = Overload.__call__
 
-    def broken(self: Overload, args: Any, kwargs: Any) -> Any:
+    def broken(self: Overload, *args: Any) -> Any:
         if self.op is torch.ops.aten.gelu.default:
             raise ArithmeticError("no")
-        return right(self, args, kwargs)
+        return right(self, *args)
 
     monkeypatch.setattr(Overload, "__call__", broken)
     use = lambda: vllm_gems.use_gems("gelu,add")  # noqa: E731
