@@ -1,6 +1,6 @@
 """Overrides of PyTorch's operations against PyTorch: which are not slower, counting the host's time and the GPU's.
 
-    python benchmarks/aten.py [--ops GLOBS] [--rounds N] [--record NAME]
+    python benchmarks/aten.py [--ops GLOBS] [--rounds N] [--record NAME] [--alone]
 
 For every overload of the table (`vllm_gems/patches/aten.py`), on activations of 32 and of 2048 tokens by 4096, bfloat16
 where we do that, else what we do: microseconds of the host per call through PyTorch's dispatcher, with the override and
@@ -23,7 +23,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
 import vllm_gems
 from benchmarks import measure
-from vllm_gems import standalone
+from vllm_gems import ops, standalone
 from vllm_gems.aten.overloads import Overload, name_of, overloads_of
 from vllm_gems.overrides import overrides
 from vllm_gems.patches import aten
@@ -212,9 +212,8 @@ def timed(name: str, overload: Any, row: Any, tokens: int, rounds: int) -> dict[
     total = {side: host[side] + gpu[side] for side in ("ours", "aten")}
     alone = next((each for each, op in standalone.TABLE.items() if op() is overload), None)
     more: dict[str, Any] = {}
-    if alone:  # the host's time of the op that stands alone, as a function
-        function, own = standalone.function(alone), args[: len(args) - len(standalone.TABLE[alone].rest)]
-        calls = {"ours": lambda: function(*own, **kwargs), "aten": through_pytorch}
+    if alone:
+        calls = dict(list(alone_calls(alone, args, kwargs).items())[:2])
         times = measure.host_us(calls, rounds=rounds, pause=torch.cuda.synchronize)
         more = {"alone": alone, "host_alone": {side: round(value, 2) for side, value in times.items()}}
     return {
@@ -228,6 +227,41 @@ def timed(name: str, overload: Any, row: Any, tokens: int, rounds: int) -> dict[
     }
 
 
+def alone_calls(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Callable[[], Any]]:
+    """Of an op that stands alone, as a function: a call of it and of PyTorch's, and both with arguments by name."""
+    op, function = standalone.TABLE[name], standalone.function(name)
+    overload, own = op(), args[: len(args) - len(op.rest)]
+    names = [each.name for each in overload._schema.arguments]
+    ours, others = ({**dict(zip(names[1:], each[1:], strict=False)), **kwargs} for each in (own, args))
+    return {
+        "ours": lambda: function(*own, **kwargs),
+        "aten": lambda: overload(*args, **kwargs),
+        "ours by name": lambda: function(own[0], **ours),
+        "aten by name": lambda: overload(args[0], **others),
+    }
+
+
+def stand_alone(rounds: int) -> int:
+    """Print the host's time of the functions that stand alone, at the smaller shape; how many take longer."""
+    slower = 0
+    print(f"{'us of the host':14} {'ours':>7} {'aten':>7} {'ratio':>6}   {'by name':>7} {'aten':>7} {'ratio':>6}")
+    for name, op in standalone.TABLE.items():
+        overload = op()
+        row = next(row for row in aten.ROWS if row.op == overload._opname and row.reads(overload._schema))
+        _, (args, kwargs), _ = taken(overload, row, TOKENS[0], HIDDEN, "cuda")
+        before = ops.FALLBACKS[name]
+        times = measure.host_us(alone_calls(name, args, kwargs), rounds=rounds, pause=torch.cuda.synchronize)
+        ours, others, ours_named, others_named = times.values()
+        slower += ours > others
+        done = "" if ops.FALLBACKS[name] == before else "  done by PyTorch"
+        print(
+            f"{name:14} {ours:7.2f} {others:7.2f} {ours / others:6.2f}   "
+            f"{ours_named:7.2f} {others_named:7.2f} {ours_named / others_named:6.2f}{done}"
+        )
+    print(f"{slower} of {len(standalone.TABLE)} take the host longer than PyTorch's")
+    return slower
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--ops", default="*", help="names or globs, as of enable()")
@@ -235,10 +269,14 @@ def main() -> int:
     parser.add_argument("--record", default="aten", help="the record's name")
     parser.add_argument("--out", type=pathlib.Path, help="its folder")
     parser.add_argument("--commit", default="", help="for the record, where there is no git")
+    parser.add_argument("--alone", action="store_true", help="only print the host's time of what stands alone")
     args = parser.parse_args()
     if not torch.cuda.is_available():
         print("there is no GPU here", file=sys.stderr)
         return 1
+    if args.alone:
+        stand_alone(args.rounds)
+        return 0
     rows, failed = [], []
     try:
         for name, overload, row in overridden(args.ops):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import struct
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -320,6 +321,137 @@ def test_kernels_that_need_scratch_memory_get_it(standin: Standin, monkeypatch: 
     assert found == by_triton(build, 3, args)
 
 
+# Launches by launch.c: what is settled once and passed no more
+
+
+@pytest.fixture(params=["in C", "by Triton's launcher"])
+def either(request: pytest.FixtureRequest, standin: Standin, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With launch.c, and as where there is no compiler for it."""
+    if request.param != "in C":
+        monkeypatch.setattr(launch, "in_c", lambda name: None)
+
+
+def is_in_c(function: Any) -> bool:
+    return hasattr(function, "settle")
+
+
+def test_kernels_are_launched_in_c(standin: Standin) -> None:
+    """Else the tests above would have looked at Triton's launcher."""
+    assert all(is_in_c(launcher(param.values[0], 0)) for param in BUILDS)
+
+
+@pytest.mark.usefixtures("either")
+@pytest.mark.parametrize("build", BUILDS[::5])
+def test_what_is_settled_reaches_the_driver(build: Build) -> None:
+    """Addresses are passed and numbers settled, and the other way round."""
+    args = arguments(build)
+    whole = launcher(build, 0)
+    expected = by(whole, 3, args)
+    assert expected == by_triton(build, 3, args)
+    flat = addresses(args)
+    kinds = ["" if kind is None else kind for kind in build.types]
+    for holes in ([kind.startswith("*") for kind in kinds], [not kind.startswith("*") for kind in kinds]):
+        template = tuple(... if hole else arg for hole, arg in zip(holes, flat, strict=True))
+        settled = launch.settled(whole, 3, template)
+        with STANDIN.launches() as found:
+            settled(*(arg for hole, arg in zip(holes, flat, strict=True) if hole))
+        assert found == [expected]
+
+
+@pytest.mark.usefixtures("either")
+def test_doubles_and_long_integers(standin: Standin) -> None:
+    types = ("*fp32", "*fp32", "i64", "i64", "fp64")
+    build = Build(strided_copy_kernel, types, (("BLOCK", 32),), aligned=False)
+    args = [0, 16, -(1 << 40), 1 << 40, 1 / 3]
+    with standin.launches() as found:
+        launcher(build, 0)(3, *args)
+    assert found[0].parameters[:40] == struct.pack("<QQqqd", *args)
+
+
+@pytest.mark.usefixtures("either")
+def test_settled_launches_obey_what_others_obey(triton_launches: list[int]) -> None:
+    """A hook, another current device, a recording."""
+    args = addresses(arguments(ONE))
+    whole = launcher(ONE, 0)
+    settled = launch.settled(whole, 3, (..., *args[1:]))
+    hook, told = triton.knobs.runtime.launch_enter_hook, []
+    hook.add(told.append)
+    try:
+        settled(args[0])
+    finally:
+        hook.remove(told.append)
+    STANDIN.set_device(1)
+    with STANDIN.launches() as found:
+        settled(args[0])
+    assert (len(told), triton_launches) == (1, [3, 3])
+    assert (found[0].device, found[0].stream, STANDIN.device) == (0, STANDIN.stream(0), 1)
+
+    STANDIN.set_device(0)
+    tape = replay.Tape()
+    with launch.recording_on(tape), STANDIN.launches() as found:
+        settled(replay.At(64, slot=2))
+    assert found == []
+    ((by, native, grid, (first, *others), _),) = tape.entries
+    assert (by, grid, first.slot, others) == (whole, 3, 2, args[1:])
+    assert native is not None
+
+
+def test_an_argument_that_does_not_fit_is_an_error(standin: Standin) -> None:
+    build = Build(strided_copy_kernel, ("*fp32", "*fp32", "i32", "i32", "fp32"), (("BLOCK", 32),), aligned=False)
+    direct = launcher(build, 0)
+    args = [16, 32, 5, 6, 0.5]
+    with standin.launches() as found:
+        for index, value, error in (
+            (0, -1, OverflowError), (0, 1 << 64, OverflowError), (0, 0.5, TypeError), (2, 1 << 31, OverflowError),
+            (3, "6", TypeError), (4, "0.5", TypeError),
+        ):  # fmt: skip
+            with pytest.raises(error):
+                direct(3, *args[:index], value, *args[index + 1 :])
+        with pytest.raises(TypeError, match="a launch of 6 arguments was given 5"):
+            direct(3, *args[:-1])
+        with pytest.raises(TypeError):
+            direct(3, *args[:-1], scale=0.5)
+        for grid, template in ((-1, args), (3, args[:-1]), (3, [*args[:-1], "0.5"])):
+            with pytest.raises((TypeError, ValueError)):
+                direct.settle(grid, tuple(template), print)
+        settled = direct.settle(3, (..., *args[1:]), print)
+        with pytest.raises(ValueError, match="settled once"):
+            settled.settle(3, (16,), print)
+    assert found == []
+
+
+def test_what_the_driver_refuses_triton_does_or_explains(standin: Standin, triton_launches: list[int]) -> None:
+    """A thread may have no context yet, which Triton makes; what is wrong still is told in Triton's words."""
+    direct, args = launcher(ONE, 0), arguments(ONE)
+    expected = by(direct, 3, args)
+    standin.library.standin_fail(1)
+    assert by(direct, 3, args) == expected
+    assert triton_launches == [3]
+    standin.library.standin_fail(2)
+    with pytest.raises(RuntimeError, match=r"Triton Error \[CUDA\]"):
+        direct(3, *addresses(args))
+
+
+def test_launches_go_when_nobody_holds_them(standin: Standin) -> None:
+    """And with the last one the kernel, not before."""
+    build = Build(strided_copy_kernel, ("*fp32", "*fp32", "i32", "i32", "fp32"), (("BLOCK", 64),), aligned=False)
+    settled = launch.settled(launcher(build, 0), 3, (..., ..., 5, 6, 0.5))
+    kind = type(settled)
+
+    def left() -> int:
+        gc.collect()
+        return sum(type(each) is kind for each in gc.get_objects())
+
+    before = left()
+    launch._LAUNCHES.clear()
+    assert left() == before  # what is settled asks the other, where it is not to launch
+    with standin.launches() as found:
+        settled(16, 32)
+    assert len(found) == 1
+    del settled
+    assert left() == before - 2
+
+
 # Recordings, made again in C
 
 
@@ -431,14 +563,14 @@ def test_an_empty_grid_of_a_recording_launches_nothing(in_c: None) -> None:
 
 
 def test_programs_that_do_not_fit_together_are_refused() -> None:
-    driver = replay._driver()
+    driver, module = launch.driver(), launch.in_c("replay")
     assert driver is not None
     launched = (1).to_bytes(8, "little") + b"".join(number.to_bytes(4, "little") for number in (1, 32, 0, 1, 2, 0))
     for cells, launches, patches in ((16, launched, b""), (8, b"", bytes((9,)) + bytes(15))):
         with pytest.raises(ValueError, match="do not fit"):
-            driver.module.make(driver.launch, 2, bytes(cells), launches, patches)
-    program = driver.module.make(driver.launch, 2, b"", b"", b"")
+            module.make(driver.launch, 2, bytes(cells), launches, patches)
+    program = module.make(driver.launch, 2, b"", b"", b"")
     with pytest.raises(TypeError, match="1 values for a program of 2"):
-        driver.module.run(program, 0)
+        module.run(program, 0)
     with pytest.raises(OverflowError):
-        driver.module.run(program, 0, -1)
+        module.run(program, 0, -1)

@@ -25,13 +25,14 @@ typedef struct {
 // Handles are places in these; a module has one function, of the same handle.
 static Module modules[MOST];
 static Launch launches[MOST];
-static int loaded = 1, launched, unloaded, current;
+static int loaded = 1, launched, unloaded, current, failures;
 
 // For the tests.
 int standin_loaded(void) { return loaded - 1; }
 int standin_unloaded(void) { return unloaded; }
 int standin_launched(void) { return launched; }
 const Launch *standin_launch(int index) { return &launches[index]; }
+void standin_fail(int launches) { failures = launches; }
 void standin_set_device(int device) { current = device; }
 void standin_set_parameters(unsigned long long function, int count, const int *sizes) {
   modules[function].parameters = count;
@@ -41,6 +42,8 @@ void standin_set_parameters(unsigned long long function, int count, const int *s
 CUresult cuLaunchKernelEx(const CUlaunchConfig *config, CUfunction function, void **parameters, void **extra) {
   Module *module = &modules[(size_t)function];
   Launch *launch = &launches[launched];
+  if (failures > 0)
+    return --failures, CUDA_ERROR_INVALID_CONTEXT;
   if (!function || (size_t)function >= (size_t)loaded || module->device != current)
     return CUDA_ERROR_INVALID_HANDLE;
   if (launched == MOST - 1 || !module->parameters)

@@ -6,11 +6,14 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from aten_calls import DEVICE
 
 from benchmarks import aten as benchmark
 from tools import tables
+from vllm_gems import ops, standalone
 from vllm_gems.catalog import aten_catalog
+from vllm_gems.patches import aten
 
 
 def test_every_overload_is_called_with_what_our_kernel_takes() -> None:
@@ -20,6 +23,20 @@ def test_every_overload_is_called_with_what_our_kernel_takes() -> None:
         benchmark.taken(overload, row, 3, 16, DEVICE)
         called.append(name)
     assert sorted(called) == sorted(aten_catalog().patches)
+
+
+def test_what_stands_alone_is_called_like_pytorchs() -> None:
+    """In order and by name."""
+    for name in ("softmax", "sum_dim", "addmm", "clamp"):
+        overload = standalone.TABLE[name]()
+        row = next(row for row in aten.ROWS if row.op == overload._opname and row.reads(overload._schema))
+        _, (args, kwargs), _ = benchmark.taken(overload, row, 3, 16, DEVICE)
+        before = ops.CALLS[name]
+        ours, others, ours_named, others_named = (call() for call in benchmark.alone_calls(name, args, kwargs).values())
+        assert ops.CALLS[name] == before + 2
+        for got in (ours, ours_named):
+            torch.testing.assert_close(got, others)
+        assert torch.equal(others, others_named)
 
 
 def test_the_record_makes_the_default_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

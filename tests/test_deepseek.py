@@ -113,7 +113,7 @@ def test_a_failure_in_the_middle_harms_nothing(monkeypatch: pytest.MonkeyPatch) 
     model = Model(monkeypatch, mixture=True)
     hidden, before = model.attention.hidden.clone(), model.residual.clone()
     made = replay._one_by_one
-    monkeypatch.setattr(replay, "_driver", lambda: None)
+    monkeypatch.setattr(replay, "_program", lambda *_: None)
     monkeypatch.setattr(replay, "_one_by_one", lambda entries, values: made(entries[:9], values) or 1 / 0)
     assert model.call(model.residual) == "the original"
     assert "ZeroDivisionError" in model.site.failure

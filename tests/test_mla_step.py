@@ -238,7 +238,7 @@ def test_a_failure_in_the_middle_harms_nothing(monkeypatch: pytest.MonkeyPatch) 
     model = Model(monkeypatch)
     expected, hidden = model.expected(), model.hidden.clone()
     made = replay._one_by_one
-    monkeypatch.setattr(replay, "_driver", lambda: None)
+    monkeypatch.setattr(replay, "_program", lambda *_: None)
     monkeypatch.setattr(replay, "_one_by_one", lambda entries, values: made(entries[:4], values) or 1 / 0)
     assert model.call() == "the original"
     assert "ZeroDivisionError" in model.site.failure

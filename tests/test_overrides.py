@@ -217,6 +217,45 @@ def test_writing_to_what_is_read_elsewhere_is_pytorchs() -> None:
             x[:1].expand(4).add_(1)
 
 
+def test_what_is_written_is_compared_at_every_call() -> None:
+    """Tensors that look alike may lie elsewhere."""
+    memory, x = torch.arange(16.0, device=DEVICE), torch.ones(4, device=DEVICE)
+    with vllm_gems.use_gems("add.out"):
+        for _ in range(2):
+            torch.add(memory[0:4], x, out=memory[8:12])
+            torch.add(memory[0:4], x, out=memory[0:4])
+            with pytest.raises(RuntimeError, match=r"overlap|memory location"):
+                torch.add(memory[0:4], x, out=memory[2:6])
+            with pytest.raises(RuntimeError, match=r"overlap|memory location"):
+                torch.add(memory[2:6], x, out=memory[0:4])
+        (row,) = (row for row in vllm_gems.report().rows if row.patch == "aten.add.out")
+    assert (row.hits, sum(row.declined.values())) == (4, 4)
+    assert memory[:4].tolist() == [2.0, 3.0, 4.0, 5.0]
+    assert memory[8:12].tolist() == [2.0, 3.0, 4.0, 5.0]
+
+
+def test_numbers_are_those_of_each_call() -> None:
+    """A plan is for numbers of a type, whatever they are."""
+    x = torch.randn(3, 8, device=DEVICE)
+
+    def calls() -> list[torch.Tensor]:
+        return [
+            found
+            for number in (1, 2, 0, 0.5)
+            for found in (
+                x * number, torch.var(x, dim=1, correction=number), torch.std(x, correction=number),
+                *torch.var_mean(x, dim=0, correction=number), torch.full_like(x, 7).fill_(number),
+                torch.nn.functional.group_norm(x, 2, eps=number + 0.1), torch.arange(number, 9, 2, device=DEVICE),
+                x.scatter(1, torch.zeros(3, 1, dtype=torch.int64, device=DEVICE), number),
+            )
+        ]  # fmt: skip
+
+    expected = calls()
+    with vllm_gems.use_gems("*"):
+        for got, wanted in zip(calls(), expected, strict=True):
+            torch.testing.assert_close(got, wanted)
+
+
 def test_gradients_flow_through() -> None:
     x = torch.linspace(-1, 1, 7, device=DEVICE, requires_grad=True)
     (expected,) = torch.autograd.grad((torch.nn.functional.silu(x) * 3).sum(), x)

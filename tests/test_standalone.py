@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -156,6 +158,148 @@ def test_the_dispatcher_is_left_out_only_where_it_would_do_nothing() -> None:
         )
     with torch.inference_mode():
         assert not vllm_gems.add_tensor(x, y).requires_grad
+
+
+@pytest.fixture
+def by_attempts(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """(function) -> context in which it does what an attempt does, and nothing else: whatever goes further fails."""
+
+    def further(*args: Any, **kwargs: Any) -> Any:
+        raise AssertionError("no attempt did it")
+
+    @contextmanager
+    def watching(function: Any) -> Iterator[None]:
+        with monkeypatch.context() as patched:
+            patched.setitem(function.__globals__, "direct", further)
+            yield
+
+    return watching
+
+
+LOOKS: dict[str, Any] = {
+    "as before": lambda x: x.clone(),
+    "another shape": lambda x: torch.randn(4, 3, device=DEVICE),
+    "other strides": lambda x: torch.randn(4, 3, device=DEVICE).T,
+    "another dtype": lambda x: x.double(),
+    "another memory format": lambda x: torch.randn(3, 8, device=DEVICE)[:, ::2],
+    "misaligned": lambda x: torch.randn(13, device=DEVICE)[1:].view(3, 4),
+    "a parameter": lambda x: torch.nn.Parameter(x, requires_grad=False),
+    "negated": torch._neg_view,
+    "empty": lambda x: torch.randn(0, 4, device=DEVICE),
+    "a number": lambda x: x[0, 0],
+}
+
+
+@pytest.mark.parametrize("name", ["add_tensor", "softmax", "sum_dim", "exp", "where"])
+def test_calls_of_any_look_one_after_the_other(name: str, by_attempts: Any) -> None:
+    """Attempts for those that were there before must not take others."""
+    function, op = standalone.function(name), standalone.TABLE[name]
+    x = torch.randn(3, 4, device=DEVICE)
+
+    def args_of(look: torch.Tensor) -> tuple[Any, ...]:
+        rest = {"add_tensor": (look,), "softmax": (-1,), "sum_dim": ([-1],), "where": (look, look)}.get(name, ())
+        return (look > 0, *rest) if name == "where" else (look, *rest)
+
+    for label, look in LOOKS.items():
+        for value in (look(x), x):
+            args = args_of(value)
+            torch.testing.assert_close(function(*args), op()(*args, *op.rest), msg=label)
+        for value in (x,) if label == "negated" else (look(x), x):
+            args = args_of(value)
+            with by_attempts(function):
+                torch.testing.assert_close(function(*args), op()(*args, *op.rest), msg=label)
+
+
+def test_attempts_leave_to_the_dispatcher_what_is_its_own(by_attempts: Any) -> None:
+    """They see when a tensor of the same shape is wanted a gradient of, is mapped, traced or of another class."""
+    x, y = torch.randn(3, 4, device=DEVICE), torch.randn(3, 4, device=DEVICE)
+    add = vllm_gems.add_tensor
+    expected = x + y
+    add(x, y)
+    with by_attempts(add):
+        assert torch.equal(add(x, y), expected)
+    needing = x.clone().requires_grad_()
+    for _ in range(2):
+        assert add(needing, y).requires_grad
+        with torch.no_grad():
+            assert not add(needing, y).requires_grad
+        assert torch.equal(torch.vmap(add)(x, y), expected)
+        with torch.inference_mode():
+            assert add(x, y).is_inference()
+        assert not add(x, y).is_inference()
+        with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True):
+            assert isinstance(add(x, y), torch._subclasses.FakeTensor)
+        seen: list[str] = []
+
+        class Mode(torch.utils._python_dispatch.TorchDispatchMode):
+            def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+                seen.append(str(func))  # noqa: B023
+                return func(*args, **(kwargs or {}))
+
+        with Mode():
+            add(x, y)
+        assert seen == ["vllm_gems.add_tensor.default"]
+    with by_attempts(add), torch.no_grad():
+        assert torch.equal(add(needing, y), expected)
+    with by_attempts(add), torch.inference_mode():
+        assert torch.equal(add(x, y), expected)
+
+
+def test_numbers_are_those_of_each_call() -> None:
+    """A plan is for numbers of a type, whatever they are."""
+    x, y = torch.randn(3, 4, device=DEVICE), torch.randn(3, 4, device=DEVICE)
+    for number in (1, 2, 0.5, 3):
+        torch.testing.assert_close(vllm_gems.add_tensor(x, y, alpha=number), torch.add(x, y, alpha=number))
+        assert torch.equal(vllm_gems.clamp(x, -number / 4, number / 8), torch.clamp(x, -number / 4, number / 8))
+        mine = vllm_gems.addmm(x[:, :3], x, x.T @ x[:, :3], beta=number, alpha=2 * number)
+        wanted = torch.addmm(x[:, :3], x, x.T @ x[:, :3], beta=number, alpha=2 * number)
+        torch.testing.assert_close(mine, wanted, rtol=1e-4, atol=1e-4)
+        got = vllm_gems.layer_norm(x, [4], None, None, float(number))
+        torch.testing.assert_close(got, torch.native_layer_norm(x, [4], None, None, float(number)))
+
+
+def test_dimensions_are_compared_as_they_were(by_attempts: Any) -> None:
+    """A caller may change its list afterwards."""
+    x, dims = torch.randn(3, 4, 5, device=DEVICE), [0]
+    torch.testing.assert_close(vllm_gems.amax(x, dims), x.amax(0))
+    dims[0] = 1
+    torch.testing.assert_close(vllm_gems.amax(x, dims), x.amax(1))
+    with by_attempts(vllm_gems.amax):
+        torch.testing.assert_close(vllm_gems.amax(x, [0]), x.amax(0))
+        torch.testing.assert_close(vllm_gems.amax(x, [1]), x.amax(1))
+    torch.testing.assert_close(vllm_gems.amax(x, (0, 1), True), x.amax((0, 1), True))
+
+
+def test_looks_that_change_all_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only the last of a shape are tried, of so many shapes, and new ones are made seldom."""
+    from vllm_gems.aten import overloads
+
+    attempts = overloads.Attempts(("Tensor", "number"))
+    monkeypatch.setattr(overloads, "PLANS", 5)
+    x = torch.randn(6, device=DEVICE)
+    for number in (1, 2.0, True, None, "five", b"six"):
+        attempts.add((x, number), lambda args: args)
+    assert [attempt(x, b"six") for attempt in attempts.find(x.shape)] == [(x, b"six"), None, None, None]
+    for size in range(20):
+        attempts.add((x[:size], 1), lambda args: args)
+        assert len(attempts._found) <= 5
+    attempts._found.clear()
+    monkeypatch.setattr(overloads, "_EAGER", 0)
+    for size in range(overloads._RARELY):
+        attempts.add((x[:size], 1), lambda args: args)
+    assert len(attempts._found) == 1
+
+
+def test_without_guards_the_plans_are_found_by_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm_gems.aten import overloads
+
+    monkeypatch.setattr(overloads, "_GUARDS", None)
+    x = torch.randn(2, 3, 7, device=DEVICE)  # a shape of no other test
+    before = ops.CALLS["exp"], ops.FALLBACKS["exp"]
+    for _ in range(3):
+        assert torch.equal(vllm_gems.exp(x), standalone.TABLE["exp"]()(x))
+    assert (ops.CALLS["exp"], ops.FALLBACKS["exp"]) == (before[0] + 3, before[1])
+    assert not standalone.function("exp").__globals__["attempts"](x.shape)
 
 
 def test_importing_it_defines_every_op() -> None:

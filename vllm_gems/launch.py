@@ -1,19 +1,24 @@
-"""The launcher: a compiled Triton kernel called through its own C launcher, in a fifth of the host time.
+"""The launcher: a compiled Triton kernel called past Triton's Python, in a fifth of the host time or less.
 
 `kernel[grid](...)` rebuilds argument dictionaries and a cache key at every call. Here the key is settled once, by
 `Build`: argument types, constexprs, and one bit for alignment. What is left per call is integer pointers, the raw
-current stream, and the guards without which a direct launch would be wrong: launch hooks set by a profiler, or another
-current device. Those, an unknown Triton release, the interpreter and backends without that launcher go through
-`kernel[grid]`, with the same arguments.
+current stream, and the guards without which a direct launch would be wrong: launch hooks set by a profiler, another
+current device, or a recording. `launch.c` does all of it; without it, Triton's own C launcher. What the guards find, an
+unknown Triton release, the interpreter and backends without that launcher go through `kernel[grid]`, with the same
+arguments.
 """
 
 from __future__ import annotations
 
+import ctypes
+import functools
+import logging
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple, TypeGuard
 
@@ -24,6 +29,8 @@ from triton.runtime.jit import JitFunctionInfo
 
 from . import interpreter, policy
 from .errors import LateCompileError, NoDeviceError, Refused
+
+logger = logging.getLogger("vllm_gems")
 
 INTERPRETED = policy.triton_interpreted()
 if INTERPRETED:
@@ -264,6 +271,10 @@ def _direct(build: Build, device: int) -> Launch:
         with torch.cuda.device(device):
             subscript(grid, *args)
 
+    made = _in_c(native, device, guarded, kernel)
+    if made is not None:
+        launch: Launch = made
+        return launch
     # Written out for this kernel's number of arguments: unpacking tuples into a call would cost a third of what the
     # wrapper around the C launcher costs.
     own = [f"a{index}" for index in range(len(build.types))]
@@ -290,8 +301,106 @@ def _direct(build: Build, device: int) -> Launch:
         **dict(zip(settled, head, strict=True)),
     }
     exec(source, names)
-    launch: Launch = names["launch"]
+    launch = names["launch"]
     return launch
+
+
+def settled(launch: Launch, grid: int, args: tuple[Any, ...]) -> Callable[..., None]:
+    """`launch(grid, *args)` as a function of those of `args` that are `...`, in their order.
+
+    What does not change is not passed and packed again at every call.
+    """
+    holes = [f"a{index}" for index, arg in enumerate(args) if arg is ...]
+    # More than thirty arguments take Python a list and a tuple; numbers that were packed take nothing.
+    names: dict[str, Any] = {"launch": launch, **{f"a{index}": arg for index, arg in enumerate(args) if arg is not ...}}
+    passed = ", ".join(f"a{index}" for index in range(len(args)))
+    exec(f"def whole({', '.join(holes)}):\n    launch({grid}, {passed})\n", names)
+    in_c = getattr(launch, "settle", None)
+    found: Callable[..., None] = names["whole"] if in_c is None else in_c(grid, args, names["whole"])
+    return found
+
+
+class Driver(NamedTuple):
+    """Of CUDA's driver what launches without Triton take."""
+
+    launch: int  # the address of cuLaunchKernel
+    parameters: Callable[[int], list[int] | None]  # a kernel's handle -> the sizes of its parameters, in bytes
+
+
+@functools.cache
+def driver() -> Driver | None:
+    """None where kernels are launched by Triton's own launchers."""
+    if direct_refuses():
+        return None
+    try:
+        library = ctypes.CDLL("libcuda.so.1")
+        ask, launch = library.cuFuncGetParamInfo, library.cuLaunchKernel
+    except (OSError, AttributeError) as error:  # a driver before CUDA 12.4: slower, and nothing else
+        logger.warning("kernels are launched by Triton's launchers: %s: %s", type(error).__name__, error)
+        return None
+    ask.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p, ctypes.c_void_p]
+
+    def parameters(kernel: int) -> list[int] | None:
+        found: list[int] = []
+        offset, size = ctypes.c_size_t(), ctypes.c_size_t()
+        while ask(kernel, len(found), ctypes.addressof(offset), ctypes.addressof(size)) == 0:
+            found.append(size.value)
+            if len(found) > 256:
+                return None
+        return found
+
+    return Driver(int(ctypes.cast(launch, ctypes.c_void_p).value or 0), parameters)
+
+
+@functools.cache
+def in_c(name: str) -> Any:
+    """`<name>.c` of this package as a module, or None where there is no compiler for it: slower, and nothing else.
+
+    It is built by the compiler that Triton builds its launchers with, and kept where those are.
+    """
+    from triton.runtime.build import compile_module_from_src
+
+    try:
+        return compile_module_from_src(Path(__file__).with_name(f"{name}.c").read_text(), f"vllm_gems_{name}")
+    except Exception as error:
+        logger.warning("%s.c is not built, and Python does its work: %s: %s", name, type(error).__name__, error)
+        return None
+
+
+_LETTERS = {"i32": "i", "i64": "l", "fp32": "f", "fp64": "d"}
+_SIZES = {"p": 8, "i": 4, "l": 8, "f": 4, "d": 8}
+
+
+def layout(native: Native) -> tuple[str, int] | None:
+    """What each argument is to `launch.c`, and the number of the kernel's parameters; None if that is not known.
+
+    After the kernel's own come the addresses of Triton's scratch memory, of which it uses none.
+    """
+    found = driver()
+    have = found.parameters(native.kernel) if found is not None else None
+    letters = [
+        " " if not is_passed(kind) else "p" if kind[0] == "*" else _LETTERS.get(kind.partition("/")[0], "")
+        for kind in native.types
+    ]
+    sizes = [_SIZES.get(letter, 0) for letter in letters if letter != " "]
+    if have is None or have[: len(sizes)] != sizes or any(size != 8 for size in have[len(sizes) :]):
+        return None
+    return "".join(letters), len(have)
+
+
+def _in_c(native: Native | None, device: int, guarded: Launch, kernel: Any) -> Any:
+    """The launch of a kernel by `launch.c`, or None where that cannot be."""
+    known = layout(native) if native is not None else None
+    module = in_c("launch") if known is not None else None
+    if native is None or known is None or module is None or max(len(native.types) + 1, known[1]) > module.MOST:
+        return None
+    letters, parameters = known
+    hooks = triton.knobs.runtime.launch_enter_hook.calls, triton.knobs.runtime.launch_exit_hook.calls
+    core: Any = torch._C
+    # The kernel is held: Triton unloads the machine code of one that nobody holds.
+    asked = device, core._cuda_getDevice, core._cuda_getCurrentRawStream, *hooks, _TAPES, guarded, kernel
+    address = driver().launch  # type: ignore[union-attr]
+    return module.make(address, native.kernel, native.threads, native.shared, parameters, letters, asked)
 
 
 def readiness(device: int) -> Callable[[], bool]:
@@ -398,6 +507,25 @@ def allocator(device: int, dtype: torch.dtype) -> Callable[[int, int], Any]:
         return torch.empty((rows, width), dtype=dtype, device=where)
 
     return empty
+
+
+def strided_allocator(
+    device: int, shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype
+) -> Callable[[Any], Any]:
+    """(anything) -> an uninitialised tensor, by the shortest way that PyTorch has; see `allocator`."""
+    where = torch.device("cpu") if device == CPU else torch.device("cuda", device)
+    empty = torch.empty_strided
+    shortest: Any = None if device == CPU else getattr(torch._C._dynamo.guards, "_empty_strided_cuda", None)
+    if shortest is None:
+        return lambda _: empty(shape, strides, dtype=dtype, device=where)
+    current_device: Any = torch._C._cuda_getDevice
+
+    def allocate(_: Any) -> Any:
+        if current_device() == device:
+            return shortest(shape, strides, dtype)
+        return empty(shape, strides, dtype=dtype, device=where)
+
+    return allocate
 
 
 def aligned(*addresses: int) -> bool:

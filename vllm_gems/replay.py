@@ -13,19 +13,14 @@ Without a C compiler or a driver that tells a kernel's parameters, the same laun
 from __future__ import annotations
 
 import ctypes
-import functools
-import logging
 import struct
 from array import array
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from . import launch as launching
 from .launch import Native
 from .scratch import arena
-
-logger = logging.getLogger("vllm_gems")
 
 # Recordings of one binding that are kept; the oldest goes.
 MOST = 128
@@ -128,80 +123,37 @@ class _Recording(NamedTuple):
     program: Any  # of replay.c, or None
 
 
-def _native() -> Any:
-    """replay.c as a module, or None with a line in the log."""
-    from triton.runtime.build import compile_module_from_src
-
-    source = Path(__file__).with_suffix(".c").read_text()
-    return compile_module_from_src(source, "vllm_gems_replay")
-
-
-class _Driver(NamedTuple):
-    module: Any
-    launch: int  # the address of cuLaunchKernel
-    parameters: Callable[[int], list[int] | None]
-
-
-@functools.cache
-def _driver() -> _Driver | None:
-    """What makes programs, or None where launches are made one by one."""
-    if launching.direct_refuses():
-        return None
-    try:
-        library = ctypes.CDLL("libcuda.so.1")
-        ask, launch = library.cuFuncGetParamInfo, library.cuLaunchKernel
-        ask.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p, ctypes.c_void_p]
-        module = _native()
-    except Exception as error:  # no compiler, no headers, a driver before CUDA 12.4: slower, and nothing else
-        logger.warning("launches are made one by one, from Python: %s: %s", type(error).__name__, error)
-        return None
-
-    def parameters(kernel: int) -> list[int] | None:
-        """The sizes of a kernel's parameters, in bytes."""
-        found: list[int] = []
-        offset, size = ctypes.c_size_t(), ctypes.c_size_t()
-        while ask(kernel, len(found), ctypes.addressof(offset), ctypes.addressof(size)) == 0:
-            found.append(size.value)
-            if len(found) > 256:
-                return None
-        return found
-
-    return _Driver(module, int(ctypes.cast(launch, ctypes.c_void_p).value or 0), parameters)
-
-
-_SIZES = {"i32": 4, "fp32": 4, "i64": 8}
-
-
-def _cells_of(entry: _Entry, driver: _Driver) -> list[Any] | None:
+def _cells_of(entry: _Entry) -> list[Any] | None:
     """An entry's arguments, one for a cell, as the kernel or the function reads them; None if that is not known."""
     if entry.function:
         if len(entry.args) > _ARGUMENTS:
             return None
         return [0 if arg is None else arg for arg in entry.args] + [0] * (_ARGUMENTS - len(entry.args))
-    if entry.native is None:
+    known = launching.layout(entry.native) if entry.native is not None else None
+    if known is None:
         return None
-    found, sizes = [], []
-    for kind, arg in zip(entry.native.types, entry.args, strict=True):
-        if not launching.is_passed(kind):
-            continue
-        base = kind.partition("/")[0]
-        sizes.append(8 if base[0] == "*" else _SIZES[base])
-        found.append(struct.unpack("<I", struct.pack("<f", arg))[0] if base == "fp32" else arg)
-    # After the kernel's own come the addresses of Triton's scratch memory, of which it uses none.
-    have = driver.parameters(entry.native.kernel)
-    if have is None or have[: len(sizes)] != sizes or any(size != 8 for size in have[len(sizes) :]):
-        return None
-    return found + [0] * (len(have) - len(sizes))
+    letters, parameters = known
+    found: list[Any] = []
+    for letter, arg in zip(letters, entry.args, strict=True):
+        if letter in _FLOATS:
+            found.append(int.from_bytes(struct.pack(_FLOATS[letter], arg), "little"))
+        elif letter != " ":
+            found.append(arg)
+    return found + [0] * (parameters - len(found))
+
+
+_FLOATS = {"f": "<f", "d": "<d"}
 
 
 def _program(entries: list[_Entry], slots: int) -> Any:
     """All entries in one, or None if one of them cannot be made natively."""
-    driver = _driver()
-    if driver is None:
+    driver = launching.driver()
+    module = launching.in_c("replay") if driver is not None else None
+    if driver is None or module is None:
         return None
     cells, launches, patches = array("Q"), bytearray(), bytearray()
     for entry in entries:
-        args = _cells_of(entry, driver)
+        args = _cells_of(entry)
         if args is None:
             return None
         kernel, threads, shared = (entry.function, 0, 0)
@@ -212,7 +164,7 @@ def _program(entries: list[_Entry], slots: int) -> Any:
             if isinstance(arg, At):
                 patches += struct.pack("<IIq", len(cells), arg.slot, arg.offset)
             cells.append(int(arg) & (1 << 64) - 1)
-    return driver.module.make(driver.launch, slots, cells.tobytes(), bytes(launches), bytes(patches))
+    return module.make(driver.launch, slots, cells.tobytes(), bytes(launches), bytes(patches))
 
 
 def _one_by_one(entries: tuple[_Entry, ...], values: tuple[int, ...]) -> None:
@@ -254,7 +206,7 @@ def bind(
             )
         program = _program(tape.entries, slots)
         if program is not None:
-            replay = _driver().module.run  # type: ignore[union-attr]
+            replay = launching.in_c("replay").run
         while len(recordings) >= most:
             recordings.pop(next(iter(recordings)), None)
         recordings[key] = found = _Recording(tuple(tape.entries), tuple(tape.held), tape.bytes, program)

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 
 from . import ops
-from .aten.overloads import KEY_NAMES, Overload, is_replaceable, key_text, name_of
+from .aten.overloads import Attempts, Overload, is_replaceable, name_of, signature_of
 from .catalog import catalog
 from .patches import aten
 
@@ -105,52 +105,34 @@ def _function(name: str) -> Callable[..., Any]:
 
 
 def _written_out(name: str, op: Any) -> Callable[..., Any]:
-    """The function of an op of the table, with the schema's arguments: the dispatcher where that would do something,
-    else the plan for these arguments, else whoever makes one.
-
-    It is text, compiled: what loops over arguments would take is a third of what PyTorch's whole call takes.
-    """
-    arguments, planned = op._schema.arguments, _overload_of(name)
-    names = [each.name for each in arguments]
-    rest = [f"rest{index}" for index in range(len(TABLE[name].rest))]
-    starts = [index for index, each in enumerate(arguments) if each.kwarg_only][:1]
-    heads = [
-        f"{each.name}={each.default_value!r}" if each.has_default_value() else each.name for each in arguments
-    ]
-    for index in starts:
-        heads.insert(index, "*")
-    given = ", ".join(f"{each.name}={each.name}" if each.kwarg_only else each.name for each in arguments)
-    is_not_plain = " or ".join(
-        f"(isinstance({each.name}, Tensor) and (keys_of({each.name}).raw_repr() not in plain"
-        f" or ({each.name}.requires_grad and grad_enabled())))"
-        for each in arguments
-        if "Tensor" in str(each.type)
-    )
+    """The function of an op of the table, with the schema's arguments: an attempt that does calls which look like this
+    one, else the dispatcher where that would do something, else the plan for these arguments, which is remembered."""
+    signature, planned = signature_of(op._schema), _overload_of(name)
+    rest = {f"rest_{index}": value for index, value in enumerate(TABLE[name].rest)}
+    # Attempts of its own: what is plain is known before one is remembered, and a guard sees when that changes.
+    attempts = Attempts(planned.kinds)
     text = f"""
-def {name}({", ".join(heads)}):
-    if is_traced() or modes() or {is_not_plain}:  # Dynamo does not look further than the first
-        return op({given})
-    plan = plans.get({key_text([*names, *rest], planned.kinds)})
-    if plan is None or type(plan) is str:
-        return direct({given})
+def {name}({signature.heads}):
+    if is_traced() or modes():  # Dynamo does not look further than the first
+        return op({signature.given})
     try:
-        result = plan(({", ".join([*names, *rest])},))
+        for attempt in attempts({signature.names[attempts.first]}.shape, ()):
+            result = attempt({", ".join([*signature.names, *rest])})
+            if result is not None:
+                calls[{name!r}] += 1
+                return result
     except Exception:
-        return direct({given})  # which tries once more, and then leaves it to PyTorch
-    calls[{name!r}] += 1
-    return result
+        pass  # it is tried once more, and then left to PyTorch
+    return direct({signature.given})
 """
     found: dict[str, Any] = {
-        **KEY_NAMES,
-        **dict(zip(rest, TABLE[name].rest, strict=True)),
+        **signature.defaults,
+        **rest,
         "is_traced": torch.compiler.is_dynamo_compiling,
-        "modes": torch._C._len_torch_dispatch_stack,
-        "keys_of": torch._C._dispatch_keys,
-        "plain": _plain(),
-        "grad_enabled": torch.is_grad_enabled,
+        "modes": torch._C._len_torch_dispatch_stack,  # guards do not see that of fake tensors
         "op": op,
-        "plans": planned.plans,
-        "direct": _direct(name),
+        "attempts": attempts.find,
+        "direct": _shortcut(op, _direct(name, attempts), differentiable=True),
         "calls": ops.CALLS,
     }
     exec(text, found)
@@ -158,8 +140,8 @@ def {name}({", ".join(heads)}):
     return function
 
 
-def _shortcut(op: Any, direct: Callable[..., Any]) -> Callable[..., Any]:
-    """`direct` where the dispatcher would do nothing before it, else `op`, which has no gradient."""
+def _shortcut(op: Any, direct: Callable[..., Any], differentiable: bool = False) -> Callable[..., Any]:
+    """`direct` where the dispatcher would do nothing before it, else `op`."""
     plain = _plain()
     keys_of, modes = torch._C._dispatch_keys, torch._C._len_torch_dispatch_stack
 
@@ -168,7 +150,11 @@ def _shortcut(op: Any, direct: Callable[..., Any]) -> Callable[..., Any]:
         if torch.compiler.is_dynamo_compiling() or modes():
             return op(*args, **kwargs)
         for each in (*args, *kwargs.values()) if kwargs else args:
-            if isinstance(each, torch.Tensor) and keys_of(each).raw_repr() not in plain:
+            if not isinstance(each, torch.Tensor):
+                continue
+            if keys_of(each).raw_repr() not in plain or (
+                differentiable and each.requires_grad and torch.is_grad_enabled()
+            ):
                 return op(*args, **kwargs)
         return direct(*args, **kwargs)
 
@@ -213,14 +199,13 @@ def define(name: str) -> None:
 _WITHOUT_GRADIENT = ("eq_tensor", "lt_tensor", "argmax")
 
 
-@functools.cache
-def _direct(name: str) -> Callable[..., Any]:
+def _direct(name: str, attempts: Attempts | None = None) -> Callable[..., Any]:
     """What an op does once the dispatcher is through."""
     op, overload, call = TABLE[name], TABLE[name](), _overload_of(name)
 
     def run(*args: Any, **kwargs: Any) -> Any:
         try:
-            result = call((*args, *op.rest), kwargs)
+            result = call((*args, *op.rest), kwargs, attempts)
         except torch.OutOfMemoryError:
             raise
         except Exception:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
+import operator
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,18 +63,23 @@ class Along:
         call = self.what, tuple(each.dtype for each in (*tensors, result)), compute, rows
         _, grid, tail = along_build(*call, True)
         device = overload.device(args)
-        launch_for = launches_of(lambda aligned: along_build(*call, aligned)[0], device)
+        launch_for = launches_of(
+            lambda aligned: along_build(*call, aligned)[0], device, grid, (*[...] * (len(tensors) + 1), *tail)
+        )  # fmt: skip
         allocate = overload.allocation(result, device)
         empty = result.numel() == 0
+
+        first, *others = positions
 
         def run(args: tuple[Any, ...]) -> Any:
             out = allocate(args)
             if not empty:
-                addresses = [args[position].data_ptr() for position in positions]
-                out_at = bits = out.data_ptr()
-                for each in addresses:
-                    bits |= each
-                launch_for(bits)(grid, *addresses, out_at, *tail)
+                at, out_at = args[first].data_ptr(), out.data_ptr()
+                if not others:
+                    launch_for(at | out_at)(at, out_at)
+                else:
+                    more = [args[position].data_ptr() for position in others]
+                    launch_for(functools.reduce(operator.or_, more, at | out_at))(at, *more, out_at)
             return out
 
         return run
@@ -107,7 +114,7 @@ class Normalise:
         """How a call with arguments like these is done; raises Refused if it is not done here."""
         results = overload.on_meta(args)
         named = dict(zip(overload.names, args, strict=False))
-        x, weight, bias, eps = (named[name] for name in ("input", "weight", "bias", "eps"))
+        x, weight, bias = (named[name] for name in ("input", "weight", "bias"))
         groups, channels, space = 0, 1, 1
         if "group" in named:
             groups = named["group"]
@@ -130,19 +137,24 @@ class Normalise:
         if device == CPU:  # where PyTorch keeps the mean in the dtype of what it is of
             results = [results[0], *(each.to(x.dtype) for each in results[1:])]
         norm = Norm(x.dtype, of_weight, of_bias, results[1].dtype, compute, length, groups, channels, space)
-        launch_for = launches_of(lambda aligned: norm_build(norm, aligned), device)
-        positions = [overload.names.index(name) for name in ("input", "weight", "bias")]
-        allocations = [overload.allocation(each, device, which) for which, each in enumerate(results)]
+        launch_for = launches_of(
+            lambda aligned: norm_build(norm, aligned), device, rows, (..., ..., ..., ..., ..., ..., length, ...)
+        )  # fmt: skip
+        at_x, at_weight, at_bias, at_eps = (overload.names.index(name) for name in ("input", "weight", "bias", "eps"))
+        allocate, allocate_mean, allocate_rstd = (
+            overload.allocation(each, device, which) for which, each in enumerate(results)
+        )
 
         def run(args: tuple[Any, ...]) -> Any:
-            outs = [allocate(args) for allocate in allocations]
+            out, mean, rstd = allocate(args), allocate_mean(args), allocate_rstd(args)
             if rows:
-                addresses = [0 if args[each] is None else args[each].data_ptr() for each in positions]
-                addresses += [each.data_ptr() for each in outs]
-                bits = 0
-                for each in addresses:
-                    bits |= each
-                launch_for(bits)(rows, *addresses, length, eps)
-            return tuple(outs)
+                weight, bias = args[at_weight], args[at_bias]
+                x_at, out_at = args[at_x].data_ptr(), out.data_ptr()
+                weight_at = 0 if weight is None else weight.data_ptr()
+                bias_at = 0 if bias is None else bias.data_ptr()
+                mean_at, rstd_at = mean.data_ptr(), rstd.data_ptr()
+                launch = launch_for(x_at | weight_at | bias_at | out_at | mean_at | rstd_at)
+                launch(x_at, weight_at, bias_at, out_at, mean_at, rstd_at, args[at_eps])
+            return out, mean, rstd
 
         return run

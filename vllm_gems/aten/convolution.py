@@ -17,7 +17,7 @@ from triton.runtime.errors import OutOfResources
 
 from ..kernels.convolution import Convolved, Four, Two, convolution_build
 from ..kernels.matmul import DTYPES, INT32_MAX
-from ..launch import launcher
+from ..launch import launcher, settled
 from .overloads import Overload, Plan, decline
 
 _ARGUMENTS = (
@@ -121,7 +121,7 @@ def _plan(call: Convolved, allocate: Callable[..., Any], device: int, empty: boo
     def launch_for(aligned: bool) -> Any:
         build, grid, tail = convolution_build(call, aligned)
         try:
-            return launcher(build, device), grid, tail
+            return settled(launcher(build, device), grid, (..., ..., ..., ..., *tail))
         except OutOfResources as error:
             decline(f"its tiles are too large for this GPU: {error}")
 
@@ -136,8 +136,7 @@ def _plan(call: Convolved, allocate: Callable[..., Any], device: int, empty: boo
             return out
         x_at, weight_at, out_at = args[0].data_ptr(), args[1].data_ptr(), out.data_ptr()
         bias_at = args[2].data_ptr() if has_bias else 0
-        launch, grid, tail = launch_for(not (x_at | weight_at | bias_at | out_at) & 15)
-        launch(grid, x_at, weight_at, bias_at, out_at, *tail)
+        launch_for(not (x_at | weight_at | bias_at | out_at) & 15)(x_at, weight_at, bias_at, out_at)
         return out
 
     return run

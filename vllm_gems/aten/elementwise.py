@@ -138,29 +138,32 @@ def _plan(
     build, tail = pointwise_build(call, walked, True)
     block = dict(build.constexprs)["BLOCK"]
     grid = -(-tail[0] // block)
-    names: dict[str, Any] = {
-        "allocate": overload.allocation(result, device),
-        "launch_for": launches_of(lambda aligned: pointwise_build(call, walked, aligned)[0], device),
-        "convert": _number(call.compute),
-    }
+    allocate = overload.allocation(result, device)
     if result.numel() == 0:
-        return names["allocate"]
+        return allocate
     # Written out for these arguments: loops over them would cost more than PyTorch's whole call.
-    operands, numbers, bits = [], [], ["out_at"]
+    template: list[Any] = [...]
+    numbers, passed = [], ["out_at"]
     lines = ["out = allocate(args)", "out_at = out.data_ptr()"]
+    for index in range(MAX_TENSORS):
+        is_tensor = index < len(call.tensors) and call.tensors[index] is not None
+        template.append(... if is_tensor else 0)
+        if is_tensor:
+            lines.append(f"p{index} = args[{places[index]}].data_ptr()")
+            passed.append(f"p{index}")
+    bits = " | ".join(passed)
     for index in range(MAX_ARGUMENTS):
-        place = places[index] if index < len(places) else -1
-        if index < len(call.tensors) and call.tensors[index] is not None:
-            lines.append(f"p{index} = args[{place}].data_ptr()")
-            bits.append(f"p{index}")
-        if index < MAX_TENSORS:
-            operands.append(f"p{index}" if f"p{index}" in bits else "0")
         is_number = index < len(call.scalars) and call.scalars[index]
-        numbers.append(f"convert({fixed.get(place, f'args[{place}]')!s})" if is_number else "0")
-    lines += [
-        f"launch_for({' | '.join(bits)})({grid}, out_at, {', '.join((*operands, *numbers, *map(str, tail)))})",
-        "return out",
-    ]
+        template.append(... if is_number else 0)
+        if is_number:
+            numbers.append(f"convert({fixed.get(places[index], f'args[{places[index]}]')!s})")
+    launch_for = launches_of(
+        lambda aligned: pointwise_build(call, walked, aligned)[0], device, grid, (*template, *tail)
+    )  # fmt: skip
+    lines += [f"(launch_for(15) if ({bits}) & 15 else aligned)({', '.join((*passed, *numbers))})", "return out"]
+    names: dict[str, Any] = {
+        "allocate": allocate, "launch_for": launch_for, "aligned": launch_for(0), "convert": _number(call.compute),
+    }  # fmt: skip
     exec("def run(args):\n    " + "\n    ".join(lines), names)
     plan: Plan = names["run"]
     return plan

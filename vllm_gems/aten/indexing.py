@@ -18,7 +18,7 @@ import torch
 from torch._prims_common import compute_elementwise_output_strides
 
 from ..kernels.indexing import MAX_INDICES, Index, Move, move_builds
-from ..launch import launcher
+from ..launch import launcher, settled
 from .overloads import Overload, Plan, decline
 
 Arguments = tuple[Any, ...]
@@ -95,22 +95,26 @@ def _launch(part: Part, device: int) -> Callable[[int, int, Arguments], None]:
     """(address of the result, number, arguments) -> what a launch does."""
     ways = move_builds(part.move, device)
     by_element, together = ways[0], ways[-1]
-    launch_one, launch_many = (launcher(way.build, device) for way in (by_element, together))
+    read_of, indices = part.read, part.indices
+    places = *[...] * len(indices), *[0] * (MAX_INDICES - len(indices))
+    launch_one, launch_many = (
+        settled(launcher(way.build, device), way.grid, (..., ..., ..., *places, *way.tail))
+        for way in (by_element, together)
+    )
     skipped = part.skipped * part.move.itemsize
     loose = together.itemsize - 1
-    read_of, indices = part.read, part.indices
-    absent = (0,) * (MAX_INDICES - len(indices))
+    only = indices[0] if len(indices) == 1 else None
 
-    def launch(start: int, value: int, args: Arguments) -> None:
+    def run(start: int, value: int, args: Arguments) -> None:
         write = start + skipped
         read = 0 if read_of is None else read_of(args).data_ptr()
-        places = [each(args).data_ptr() for each in indices]
-        if (write | read) & loose:
-            launch_one(by_element.grid, write, read, value, *places, *absent, *by_element.tail)
+        launch = launch_one if (write | read) & loose else launch_many
+        if only is not None:
+            launch(write, read, value, only(args).data_ptr())
         else:
-            launch_many(together.grid, write, read, value, *places, *absent, *together.tail)
+            launch(write, read, value, *[each(args).data_ptr() for each in indices])
 
-    return launch
+    return run
 
 
 def _bits(value: Any, dtype: torch.dtype) -> int:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NoReturn, Protocol
+from typing import Any, NamedTuple, NoReturn, Protocol
 
 import torch
 
 from ..errors import Refused
-from ..launch import CPU, INTERPRETED, Build, Launch, allocator, direct_refuses, launcher
+from ..launch import CPU, INTERPRETED, Build, direct_refuses, launcher, settled, strided_allocator
 
 # What does a call whose arguments look like those it was made for: arguments in the schema's order -> the result.
 Plan = Callable[[tuple[Any, ...]], Any]
@@ -72,20 +73,22 @@ def is_replaceable(name: str, key: str) -> bool:
     )
 
 
-def launches_of(build_of: Callable[[bool], Build], device: int) -> Callable[[int], Launch]:
-    """(the bits of all addresses, or-ed) -> how to launch: aligned tensors are compiled for now, others when there are.
+def launches_of(
+    build_of: Callable[[bool], Build], device: int, grid: int, args: tuple[Any, ...]
+) -> Callable[[int], Callable[..., None]]:
+    """(the bits of all addresses, or-ed) -> how to launch `grid` programs with `args`, given those that are `...`.
 
-    Few ever come, and each build takes a compiler's time.
+    Aligned tensors are compiled for now, others when there are: few ever come, and each build takes a compiler's time.
     """
-    aligned = launcher(build_of(True), device)
-    misaligned: Launch | None = None
+    aligned = settled(launcher(build_of(True), device), grid, args)
+    misaligned: Callable[..., None] | None = None
 
-    def launch_for(bits: int) -> Launch:
+    def launch_for(bits: int) -> Callable[..., None]:
         nonlocal misaligned
         if not bits & 15:
             return aligned
         if misaligned is None:
-            misaligned = launcher(build_of(False), device)
+            misaligned = settled(launcher(build_of(False), device), grid, args)
         return misaligned
 
     return launch_for
@@ -111,7 +114,9 @@ class Overload:
         self._all = [each.name for each in (*inputs, *outs)]
         self._positional = [each.name for each in inputs if not each.kwarg_only]
         self._defaults = tuple(each.default_value for each in (*inputs, *outs))
-        self._key = _key_of([*self.kinds, *(str(each.type) for each in outs)])
+        kinds = [*self.kinds, *(str(each.type) for each in outs)]
+        self._key = _key_of(kinds)
+        self.attempts = Attempts(kinds)
         self.plans: dict[Any, Plan | str] = {}  # by key; or why there is none
         self._lock = threading.Lock()
 
@@ -123,7 +128,8 @@ class Overload:
         rest = zip(self._all[given:], self._defaults[given:], strict=True)
         return (*args, *(kwargs.get(name, default) for name, default in rest))
 
-    def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any], attempts: Attempts | None = None) -> Any:
+        """attempts: where a plan that has worked is to be found faster from then on."""
         args = self.in_order(args, kwargs)
         key = self._key(args)
         plan = self.plans.get(key)
@@ -131,7 +137,10 @@ class Overload:
             plan = self._make(key, args)
         if isinstance(plan, str):
             raise Refused(plan)
-        return plan(args)
+        result = plan(args)
+        if attempts is not None:
+            attempts.add(args, plan)
+        return result
 
     def _make(self, key: Any, args: tuple[Any, ...]) -> Plan | str:
         try:
@@ -188,40 +197,171 @@ class Overload:
         """
         if self.written:
             return self._given(self.written[which], apart)
-        shape, strides, dtype = tuple(result.shape), tuple(result.stride()), result.dtype
-        if result.dim() == 2 and result.is_contiguous():
-            flat = allocator(device, dtype)
-            rows, width = shape
-            return lambda args: flat(rows, width)
-        where = torch.device("cpu") if device == CPU else torch.device("cuda", device)
-        empty = torch.empty_strided
-        return lambda args: empty(shape, strides, dtype=dtype, device=where)
+        return strided_allocator(device, tuple(result.shape), tuple(result.stride()), result.dtype)
 
     def _given(self, index: int, apart: bool) -> Callable[[tuple[Any, ...]], Any]:
         others = [other for other in range(self.count) if other != index]
+        # Of what is read: where it is among the arguments, bytes, and whether it lies as what is written does. All
+        # calls of a plan look alike, so this is found at the first.
+        reads: list[tuple[int, int, int, bool]] | None = None
+        length = 0
+
+        def look(args: tuple[Any, ...]) -> list[tuple[int, int, int, bool]]:
+            nonlocal reads, length
+            out, found = args[index], []
+            for other in others:
+                read = args[other]
+                for at, each in enumerate(read) if isinstance(read, (list, tuple)) else ((-1, read),):
+                    if isinstance(each, torch.Tensor):
+                        alike = not apart and each.dtype == out.dtype and each.shape == out.shape
+                        found.append((other, at, _extent(each), alike and each.stride() == out.stride()))
+            length = _extent(out)
+            reads = found
+            return found
 
         def given(args: tuple[Any, ...]) -> Any:
             out = args[index]
             start = out.data_ptr()
-            end = start + _extent(out)
-            for other in others:
-                read = args[other]
-                for each in read if isinstance(read, (list, tuple)) else (read,):
-                    if not isinstance(each, torch.Tensor) or (each is out and not apart):
-                        continue
-                    first = each.data_ptr()
-                    if first >= end or first + _extent(each) <= start:
-                        continue
-                    here = first == start and each.dtype == out.dtype
-                    if apart or not here or each.shape != out.shape or each.stride() != out.stride():
-                        decline("what is written shares memory with what is read")
+            for other, at, nbytes, alike in look(args) if reads is None else reads:
+                first = (args[other] if at < 0 else args[other][at]).data_ptr()
+                if first < start + length and start < first + nbytes and not (alike and first == start):
+                    decline("what is written shares memory with what is read")
             return out
 
         return given
 
 
-def key_text(names: Sequence[str], kinds: Sequence[str]) -> str:
-    """What a plan for arguments of these names and kinds depends on, as Python with KEY_NAMES: every call asks."""
+# Arguments in the schema's order -> the result, or None where they do not look like those that it was made for.
+Attempt = Callable[..., Any]
+
+_ATTEMPTS = 4  # kept for a shape of the first tensor
+_EAGER, _RARELY = 256, 16
+
+# Dynamo's guard on tensors, one C++ call for all of them: types, dtypes, devices, shapes, strides, whether they require
+# gradients, and their dispatch keys with what the thread's modes and transforms do to these.
+_GUARDS: Any = getattr(torch._C._dynamo.guards, "TensorGuards", None)
+
+
+class Attempts:
+    """Plans of an overload by the looks that were seen last, in a third of the time that a key takes.
+
+    find(shape, ()) -> the attempts for calls whose first tensor has this shape, to be made one after the other.
+    """
+
+    def __init__(self, kinds: Sequence[str]) -> None:
+        self._kinds = tuple(kinds)
+        self._found: dict[torch.Size, tuple[Attempt, ...]] = {}
+        self._added = 0
+        self.find = self._found.get
+        self.first = next((index for index, kind in enumerate(kinds) if kind == "Tensor"), -1)
+
+    def add(self, args: tuple[Any, ...], plan: Plan) -> None:
+        """A call that `plan` has done, and that no attempt did."""
+        self._added += 1
+        # Looks that change all the time are not worth a guard each.
+        if _GUARDS is None or self.first < 0 or (self._added > _EAGER and self._added % _RARELY):
+            return
+        try:
+            attempt = _attempt(self._kinds, args, plan)
+        except Exception:  # the call is done, whatever a guard says to its arguments
+            return
+        if attempt is None:
+            return
+        shape = args[self.first].shape
+        if len(self._found) >= PLANS:
+            self._found.clear()
+        self._found[shape] = (attempt, *self._found.get(shape, ())[: _ATTEMPTS - 1])
+
+
+def _attempt(kinds: Sequence[str], args: tuple[Any, ...], plan: Plan) -> Attempt | None:
+    """For calls like this one; None where a guard cannot tell."""
+    tests: list[str] = []
+    settled: list[Any] = []
+    tensors: list[torch.Tensor] = []
+    for index, (kind, value) in enumerate(zip(kinds, args, strict=True)):
+        is_tensor = isinstance(value, torch.Tensor)
+        if is_tensor and kind in _TENSORS:
+            settled.append(None)
+            before = next(before for before, each in enumerate(args) if each is value)
+            if before < index:  # a guard is of tensors that are several
+                tests.append(f"a{before}")
+                continue
+            tests.append("tensor")
+            tensors.append(value)
+        elif kind in _TENSORS or kind in _NUMBERS:
+            tests.append("type")
+            settled.append(type(value))
+        elif is_tensor or (isinstance(value, (list, tuple)) and any(isinstance(each, torch.Tensor) for each in value)):
+            return None
+        else:
+            tests.append("value")
+            settled.append(list(value) if isinstance(value, list) else value)
+    if tests[next(index for index, kind in enumerate(kinds) if kind == "Tensor")] != "tensor":
+        return None
+    guard = _GUARDS(
+        *tensors,
+        dynamic_dims_sizes=[list(each.shape) for each in tensors],
+        dynamic_dims_strides=[list(each.stride()) for each in tensors],
+    )
+    attempt: Attempt = _attempts_of(tuple(tests), any(each.requires_grad for each in tensors))(
+        guard.check, plan, torch.is_grad_enabled, *settled
+    )
+    return attempt
+
+
+@functools.cache
+def _attempts_of(tests: tuple[str, ...], without_gradient: bool) -> Callable[..., Attempt]:
+    """(guard, plan, whether gradients are wanted, the types and values of arguments) -> an attempt, written out."""
+    names = [f"a{index}" for index in range(len(tests))]
+    guarded = [name for name, test in zip(names, tests, strict=True) if test == "tensor"]
+    conditions = ["not grad_enabled()"] if without_gradient else []
+    for name, test in zip(names, tests, strict=True):
+        if test == "type":
+            conditions.append(f"{name}.__class__ is settled_{name}")
+        elif test == "value":
+            conditions.append(f"{name} == settled_{name}")
+        elif test != "tensor":
+            conditions.append(f"{name} is {test}")
+    conditions.append(f"guard({', '.join(guarded)})")
+    text = f"""
+def make(guard, plan, grad_enabled, {", ".join(f"settled_{name}" for name in names)}):
+    def attempt({", ".join(names)}):
+        if {" and ".join(conditions)}:
+            return plan(({", ".join(names)},))
+        return None
+    return attempt
+"""
+    found: dict[str, Any] = {}
+    exec(text, found)
+    make: Callable[..., Attempt] = found["make"]
+    return make
+
+
+class Signature(NamedTuple):
+    """A schema's arguments, as text of a Python function."""
+
+    heads: str  # as it is defined, with defaults by names
+    given: str  # as a call passes all of them on
+    names: list[str]
+    defaults: dict[str, Any]  # by those names
+
+
+def signature_of(schema: Any) -> Signature:
+    """What is written out has no loop over arguments, which would take a third of what PyTorch's whole call takes."""
+    heads: list[str] = []
+    defaults: dict[str, Any] = {}
+    for each in schema.arguments:
+        if each.kwarg_only and "*" not in heads:
+            heads.append("*")
+        if each.has_default_value():
+            defaults[f"default_{each.name}"] = each.default_value
+        heads.append(f"{each.name}=default_{each.name}" if each.has_default_value() else each.name)
+    given = [f"{each.name}={each.name}" if each.kwarg_only else each.name for each in schema.arguments]
+    return Signature(", ".join(heads), ", ".join(given), [each.name for each in schema.arguments], defaults)
+
+
+def _key_text(names: Sequence[str], kinds: Sequence[str]) -> str:
+    """What a plan for arguments of these names and kinds depends on, as Python with _KEY_NAMES."""
     parts = []
     for name, kind in zip(names, kinds, strict=True):
         otherwise = f"type({name})"
@@ -234,8 +374,8 @@ def key_text(names: Sequence[str], kinds: Sequence[str]) -> str:
 
 def _key_of(kinds: Sequence[str]) -> Callable[[tuple[Any, ...]], Any]:
     names = [f"a{index}" for index in range(len(kinds))]
-    found: dict[str, Any] = dict(KEY_NAMES)
-    exec(f"def key(args):\n    {', '.join(names)}, = args\n    return {key_text(names, kinds)}", found)
+    found: dict[str, Any] = dict(_KEY_NAMES)
+    exec(f"def key(args):\n    {', '.join(names)}, = args\n    return {_key_text(names, kinds)}", found)
     key: Callable[[tuple[Any, ...]], Any] = found["key"]
     return key
 
@@ -247,7 +387,7 @@ def _look(value: Any) -> Any:
     return value
 
 
-KEY_NAMES = {"look": _look, "Tensor": torch.Tensor}
+_KEY_NAMES = {"look": _look, "Tensor": torch.Tensor}
 
 
 def _extent(tensor: torch.Tensor) -> int:

@@ -15,7 +15,7 @@ import torch
 from triton.runtime.errors import OutOfResources
 
 from ..kernels.matmul import DTYPES, INT32_MAX, Matrices, matmul_build
-from ..launch import launcher
+from ..launch import launcher, settled
 from .overloads import Overload, Plan, decline
 
 _LARGEST = torch.finfo(torch.float32).max
@@ -90,16 +90,18 @@ def _plan(
         if grid > INT32_MAX:
             decline(f"it takes {grid} programs")
         try:
-            launch = launcher(build, device)
+            launch = settled(
+                launcher(build, device), grid, (..., ..., ... if with_input else 0, ..., ..., ..., *tail)
+            )  # fmt: skip
         except OutOfResources as error:
             decline(f"its tiles are too large for this GPU: {error}")
-        found = launches[with_input, aligned] = launch, grid, tail
-        return found
+        launches[with_input, aligned] = launch
+        return launch
 
     if not empty:
         compiled(call.input is not None, True)
     first, second, *third = places
-    in_float32 = call.dtype is torch.float32
+    in_float32, inner = call.dtype is torch.float32, call.inner
 
     def run(args: tuple[Any, ...]) -> Any:
         if in_float32 and torch._C._get_fp32_precision_getter("cuda", "matmul") not in ("ieee", "none"):
@@ -112,11 +114,16 @@ def _plan(
             return out
         a_at, b_at, out_at = args[first].data_ptr(), args[second].data_ptr(), out.data_ptr()
         with_input = beta != 0.0
-        input_at = args[third[0]].data_ptr() if with_input else 0
+        if not with_input:
+            aligned = not (a_at | b_at | out_at) & 15
+            launch = launches.get((False, aligned)) or compiled(False, aligned)
+            launch(a_at, b_at, out_at, alpha if inner else 0.0, beta)
+            return out
+        input_at = args[third[0]].data_ptr()
         aligned = not (a_at | b_at | out_at | input_at) & 15
-        launch, grid, tail = launches.get((with_input, aligned)) or compiled(with_input, aligned)
+        launch = launches.get((True, aligned)) or compiled(True, aligned)
         # Of no products the sum is 0, whatever it is multiplied by.
-        launch(grid, a_at, b_at, input_at, out_at, alpha if call.inner else 0.0, beta, *tail)
+        launch(a_at, b_at, input_at, out_at, alpha if inner else 0.0, beta)
         return out
 
     return run

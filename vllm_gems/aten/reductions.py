@@ -84,30 +84,43 @@ class Reduce:
         if grid < _FEW_PROGRAMS and reduced.numel > _LONG_WALK:
             decline(f"{grid} programs would walk through {reduced.numel} elements, which PyTorch divides")
         device = overload.device(args)
-        launch_for = launches_of(lambda aligned: reduce_build(call, kept, reduced, aligned)[0], device)
         allocations = [overload.allocation(each, device, which) for which, each in enumerate(results)]
-        extra: tuple[Any, ...] = ()
-        if what in ("var", "std"):
-            extra = (1.0 if named.get("correction") is None else float(named["correction"]),)
-        elif indices is None:
-            extra = (0,)
+        # Of values and of what is beside them, in one result or two.
+        where = (0, ...) if indices is not None and values is None else (..., ... if len(results) > 1 else 0)
+        corrected = what in ("var", "std")
+        extra = (...,) if corrected else (0,) if indices is None else ()
+        launch_for = launches_of(
+            lambda aligned: reduce_build(call, kept, reduced, aligned)[0], device, grid, (..., *where, *tail, *extra)
+        )  # fmt: skip
         position = overload.names.index("self")
-        is_arg, alone = indices is not None, values is None
+        at_correction = overload.names.index("correction") if "correction" in overload.names else None
         empty = kept.numel == 0
 
-        def run(args: tuple[Any, ...]) -> Any:
-            outs = [allocate(args) for allocate in allocations]
-            if not empty:
-                addresses = [each.data_ptr() for each in outs]
-                at = args[position].data_ptr()
-                if is_arg:
-                    where = (0, addresses[0]) if alone else (addresses[0], addresses[1])
-                else:
-                    where = (addresses[0], addresses[1] if len(addresses) > 1 else 0)
-                launch_for(at | where[0] | where[1])(grid, at, *where, *tail, *extra)
-            return outs[0] if single else tuple(outs)
+        def correction(args: tuple[Any, ...]) -> float:
+            value = None if at_correction is None else args[at_correction]
+            return 1.0 if value is None else float(value)
 
-        return run
+        def one(args: tuple[Any, ...]) -> Any:
+            out = allocations[0](args)
+            if not empty:
+                at, out_at = args[position].data_ptr(), out.data_ptr()
+                launch = launch_for(at | out_at)
+                if corrected:
+                    launch(at, out_at, correction(args))
+                else:
+                    launch(at, out_at)
+            return out
+
+        def two(args: tuple[Any, ...]) -> Any:
+            first, second = (allocate(args) for allocate in allocations)
+            if not empty:
+                at, first_at, second_at = args[position].data_ptr(), first.data_ptr(), second.data_ptr()
+                launch_for(at | first_at | second_at)(
+                    at, first_at, second_at, *((correction(args),) if corrected else ())
+                )
+            return first, second
+
+        return one if single else two
 
 
 def _dims(dim: Any, count: int) -> list[int]:

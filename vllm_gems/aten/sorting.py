@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ..kernels.sort import BEST, DTYPES, TILE, Order, sort_builds, word_of
-from ..launch import Launch, allocator
+from ..launch import allocator
 from .along import rows_along
 from .overloads import Overload, Plan, decline, launches_of
 
@@ -65,10 +65,11 @@ class Sort:
         if any(max(step.words, step.grid) > _INT32_MAX for step in steps):
             decline("its offsets need 64 bits")
 
-        def launches(at: int) -> Callable[[int], Launch]:
-            return launches_of(lambda aligned: sort_builds(order, rows, aligned)[at].build, device)
+        def launches(at: int, step: Any) -> Callable[[int], Callable[..., None]]:
+            args = (*[...] * 5, *step.tail)
+            return launches_of(lambda aligned: sort_builds(order, rows, aligned)[at].build, device, step.grid, args)
 
-        *first, last = [(launches(at), step) for at, step in enumerate(steps)]
+        *first, (last, _) = [(launches(at, step), step) for at, step in enumerate(steps)]
         words_for = allocator(device, word_of(x.dtype, rows.length))
         position = overload.names.index("self")
 
@@ -79,10 +80,9 @@ class Sort:
             before_at, words = 0, None  # which are held until the next launch has been given them
             for launch_for, step in first:
                 after = words_for(1, step.words)
-                launch_for(bits)(step.grid, x_at, before_at, after.data_ptr(), 0, 0, *step.tail)
+                launch_for(bits)(x_at, before_at, after.data_ptr(), 0, 0)
                 words, before_at = after, after.data_ptr()
-            launch_for, step = last
-            launch_for(bits)(step.grid, x_at, before_at, 0, values_at, indices_at, *step.tail)
+            last(bits)(x_at, before_at, 0, values_at, indices_at)
             del words
             return tuple(outs)
 

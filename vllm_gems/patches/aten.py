@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from keyword import iskeyword
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from ..aten.arange import Arange
 from ..aten.convolution import Convolution
 from ..aten.elementwise import Elementwise
 from ..aten.indexing import INDEXING
-from ..aten.overloads import Overload, Row, is_replaceable, name_of, overloads_of
+from ..aten.overloads import Overload, Row, is_replaceable, name_of, overloads_of, signature_of
 from ..aten.products import Product
 from ..aten.reductions import Reduce
 from ..aten.sorting import Sort
@@ -174,13 +175,13 @@ def adapt(overload: Any, row: Row) -> Callable[[Any, Site], Callable[..., Any]]:
             finally:
                 again.keyset = None
 
-        def kernel(keyset: Any, *args: Any, **kwargs: Any) -> Any:
+        def slowly(keyset: Any, *args: Any, **kwargs: Any) -> Any:
             if getattr(again, "keyset", None) is not None:
                 again.keyset = None
                 return original.call_boxed(keyset, *args, **kwargs)
             if not site.failure:
                 try:
-                    result = call(args, kwargs)
+                    result = call(args, kwargs, call.attempts)
                 except Refused as refusal:
                     site.decline(refusal)
                 except Exception as error:
@@ -190,9 +191,34 @@ def adapt(overload: Any, row: Row) -> Callable[[Any, Site], Callable[..., Any]]:
                     return result
             return covered(keyset, args, kwargs)
 
-        return kernel
+        return _written_out(call, site, slowly)
 
     return wrap
+
+
+def _written_out(call: Overload, site: Site, slowly: Callable[..., Any]) -> Callable[..., Any]:
+    """The kernel of an overload with the schema's arguments: an attempt that does calls which look like this one, else
+    what makes one. What an attempt raises, `slowly` raises once more, and says so."""
+    signature = signature_of(call.op._schema)
+    if call.attempts.first < 0 or any(map(iskeyword, signature.names)):
+        return slowly
+    text = f"""
+def kernel(g_keyset, {signature.heads}):
+    if not g_site.failure:
+        try:
+            for g_attempt in g_attempts({signature.names[call.attempts.first]}.shape, ()):
+                g_result = g_attempt({", ".join(signature.names)})
+                if g_result is not None:
+                    g_site.hits += 1
+                    return g_result
+        except Exception:
+            pass
+    return g_slowly(g_keyset, {signature.given})
+"""
+    found = {**signature.defaults, "g_site": site, "g_attempts": call.attempts.find, "g_slowly": slowly}
+    exec(text, found)
+    kernel: Callable[..., Any] = found["kernel"]
+    return kernel
 
 
 def torch_platform() -> str:
