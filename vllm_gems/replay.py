@@ -23,7 +23,7 @@ from .launch import Native
 from .scratch import arena
 
 # Recordings of one binding that are kept; the oldest goes.
-MOST = 128
+MOST = 512
 
 _STREAM, _ARENA = 0, 1  # slots of every recording, before the caller's
 _ALIGNMENT = 256
