@@ -25,7 +25,8 @@ class Report:
     JSON keys are stable: "vllm_gems", "vllm", "torch", "triton", "device", "pid" (a list when merged), "rank", "mode",
     "rows", each row with the fields of `nouns.Row`, and "tuned": by kernel, how many measured configurations were
     "found", how many of these are "borrowed" (shipped, and measured with other versions or on another GPU of the kind),
-    which keys were "missing", and those of what was "stale", by reason.
+    which keys were "missing", and those of what was "stale", by reason. Under a patch's name the same of what it was
+    measured to be against vLLM.
     """
 
     rows: tuple[Row, ...]
@@ -112,7 +113,7 @@ class Report:
         for row in rows:
             speedup = "" if row.speedup is None else f"{row.speedup:.1f}x"
             cells.append((row.patch, str(row.state), row.where, str(row.hits), speedup, _remarks(row)))
-        return "\n".join([self._head(), *_columns(cells, right={3, 4}), *map(_configurations, self.tuned.items())])
+        return "\n".join([self._head(), *_columns(cells, right={3, 4}), *map(_measured, self.tuned.items())])
 
     def _head(self) -> str:
         versions = "  ".join(f"{name.replace('_', '-')} {value or '-'}" for name, value in self.versions.items())
@@ -168,13 +169,17 @@ def _added(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:
     return total
 
 
-def _configurations(state: tuple[str, Mapping[str, Any]]) -> str:
-    """One line on the measured configurations of a kernel."""
-    kernel, known = state
-    parts = [f"{kernel}: {known['found']} measured configurations"]
+def _measured(state: tuple[str, Mapping[str, Any]]) -> str:
+    """One line on the measured configurations of a kernel, or on what a patch was measured to be against vLLM."""
+    name, known = state
+    is_patch = "." in name
+    what, otherwise = "measured configurations", "which take what was best for others, or the default"
+    if is_patch:
+        what, otherwise = "shapes measured against vLLM", "where ours runs"
+    parts = [f"{name}: {known['found']} {what}"]
     parts += [f"{count} of them shipped, measured with {others}" for others, count in known["borrowed"].items()]
-    if known["missing"]:
-        parts.append(f"none for {_some(known['missing'])}, which take what was best for others, or the default")
+    if missing := known["missing"]:
+        parts.append(f"none for {f'{len(missing)} others: ' if is_patch else ''}{_some(missing)}, {otherwise}")
     parts += [f"{len(keys)} not used, {reason}: {_some(keys)}" for reason, keys in known["stale"].items()]
     return "; ".join(parts)
 

@@ -36,11 +36,16 @@ def _layer(name: str) -> Callable[[Any, Any], Any]:
     def adapt(original: Any, site: Any) -> Any:
         import torch
 
+        from ..faster import Decisions
         from ..kernels.activation import bind_activation
         from ..sites import layer_method
 
+        decisions = Decisions(site.name, bind_activation.__module__)
+
         def bind(layer: Any, x: Any) -> Callable[..., Any]:
-            return bind_activation(kernel_of(layer), x.dtype, x.shape[-1], params_of(layer), x.get_device())
+            kernel, dtype, last, device = kernel_of(layer), x.dtype, x.shape[-1], x.get_device()
+            call = bind_activation(kernel, dtype, last, params_of(layer), device)
+            return decisions.settled((device, dtype, kernel, last), call, lambda x: x.numel() // last)
 
         def traced(layer: Any, x: Any) -> Any:
             return getattr(torch.ops.vllm_gems, kernel_of(layer))(x, *params_of(layer))
@@ -52,12 +57,16 @@ def _layer(name: str) -> Callable[[Any, Any], Any]:
 
 def _op(name: str) -> Callable[[Any, Any], Any]:
     def adapt(original: Any, site: Any) -> Any:
+        from ..faster import Decisions, check
         from ..kernels import activation
         from ..sites import op_kernel
 
         activate = next(kernel.op for kernel in activation.KERNELS if kernel.name == name)
+        decisions = Decisions(site.name, activation.__name__)
 
         def call(out: Any, x: Any, *params: float) -> None:
+            if slower := decisions[x.get_device(), x.dtype, name, last := x.size(-1)]:
+                check(slower, x.numel() // last)
             activate(x, *params, out=out)
 
         return op_kernel(original, site, call)

@@ -29,8 +29,12 @@ def _adapt(
     traced: Callable[..., Any],
 ) -> Any:
     from ..errors import Refused
+    from ..faster import Decisions
     from ..kernels.rms_norm import bind_fused_add_rms_norm, bind_rms_norm
     from ..sites import layer_method
+
+    decisions = Decisions(site.name, bind_rms_norm.__module__)
+    kind = "gemma_" if gemma else ""
 
     def bind(layer: Any, x: Any, residual: Any = None) -> Callable[..., Any]:
         parameters, weight = _weight_of(layer)
@@ -41,8 +45,14 @@ def _adapt(
         settled = dtype, weight_dtype, x.shape[-1], layer.variance_epsilon, variance_size_of(layer), gemma
         if weight is not None and weight.shape != x.shape[-1:]:
             raise Refused(f"x has {x.shape[-1]} elements a row, the weight {tuple(weight.shape)}")
-        alone = bind_rms_norm(*settled, device)
-        fused = bind_fused_add_rms_norm(*settled, in_place, device)
+        hidden_size = x.shape[-1]
+
+        def faster(kernel: str, call: Callable[..., Any]) -> Callable[..., Any]:
+            of = device, dtype, f"{kind}{kernel}", hidden_size
+            return decisions.settled(of, call, lambda x, *rest: x.numel() // hidden_size)
+
+        alone = faster("rms_norm", bind_rms_norm(*settled, device))
+        fused = faster("fused_add_rms_norm", bind_fused_add_rms_norm(*settled, in_place, device))
 
         def call(x: Any, residual: Any = None) -> Any:
             weight = parameters["weight"]
@@ -83,20 +93,33 @@ def _gemma_rms_norm(original: Any, site: Any) -> Any:
 
 
 def _rms_norm_op(original: Any, site: Any) -> Any:
+    from ..faster import Decisions, check
     from ..kernels.rms_norm import rms_norm
     from ..sites import op_kernel
 
+    decisions = Decisions(site.name, rms_norm.__module__)
+
     def call(out: Any, x: Any, weight: Any, epsilon: float) -> None:
+        if slower := decisions[x.get_device(), x.dtype, "rms_norm", hidden_size := x.size(-1)]:
+            check(slower, x.numel() // hidden_size)
         rms_norm(x, weight, epsilon, out=out)
 
     return op_kernel(original, site, call)
 
 
 def _fused_add_rms_norm_op(original: Any, site: Any) -> Any:
+    from ..faster import Decisions, check
     from ..kernels.rms_norm import fused_add_rms_norm
     from ..sites import op_kernel
 
-    return op_kernel(original, site, fused_add_rms_norm)
+    decisions = Decisions(site.name, fused_add_rms_norm.__module__)
+
+    def call(x: Any, residual: Any, weight: Any, epsilon: float) -> None:
+        if slower := decisions[x.get_device(), x.dtype, "fused_add_rms_norm", hidden_size := x.size(-1)]:
+            check(slower, x.numel() // hidden_size)
+        fused_add_rms_norm(x, residual, weight, epsilon)
+
+    return op_kernel(original, site, call)
 
 
 def _rms_norm_ir(op: Any, site: Any) -> Any:

@@ -9,8 +9,11 @@ from ..nouns import Patch
 
 def _grouped_topk(original: Any, site: Any) -> Any:
     from ..errors import Refused
+    from ..faster import Decisions, check
     from ..kernels.moe_routing import Routing, bind_grouped_topk
     from ..sites import function
+
+    decisions = Decisions(site.name, bind_grouped_topk.__module__)
 
     def call(
         hidden_states: Any,
@@ -30,7 +33,11 @@ def _grouped_topk(original: Any, site: Any) -> Any:
         routing = Routing(
             shape[-1], topk, renormalize, num_expert_group, topk_group, scoring_func, routed_scaling_factor
         )
-        route = bind_grouped_topk(routing, gating_output.dtype, bias_dtype, gating_output.get_device())
+        dtype, device = gating_output.dtype, gating_output.get_device()
+        of = shape[-1], topk, num_expert_group, topk_group, scoring_func
+        if slower := decisions[(device, dtype, "grouped_topk", *of)]:
+            check(slower, shape[0])
+        route = bind_grouped_topk(routing, dtype, bias_dtype, device)
         return route(gating_output, e_score_correction_bias)
 
     return function(original, site, call)

@@ -24,13 +24,36 @@ def _cache_of(layer: Any, query: Any, own_dtype: bool) -> Any:
     return cache
 
 
-def _settled(layer: Any, query: Any, own_dtype: bool, *sections: Any) -> Callable[..., Any]:
-    """call(positions, query, key) for this layer, in place."""
+def _decisions(site: Any) -> Any:
+    from ..faster import Decisions
+    from ..kernels.rotary_embedding import bind_rotary_embedding
+
+    return Decisions(site.name, bind_rotary_embedding.__module__)
+
+
+def _shape(tokens: int, query: Any, key: Any, head_size: int, rotary_dim: int, is_neox: bool) -> tuple[Any, ...]:
+    """Of a call, as measurements name it: heads of query and key, and how they are turned."""
+    of_a_head = tokens * head_size or 1
+    heads = query.numel() // of_a_head, 0 if key is None else key.numel() // of_a_head
+    return *heads, head_size, rotary_dim, "neox" if is_neox else "pairs"
+
+
+def _settled(
+    decisions: Any, layer: Any, tokens: int, query: Any, key: Any, own_dtype: bool, *sections: Any
+) -> Callable[..., Any]:
+    """call(positions, query, key) for this layer, in place; query and key are of `tokens` tokens now."""
     from ..kernels.rotary_embedding import Rotation, bind_rotary_embedding
 
     cache_dtype = _cache_of(layer, query, own_dtype).dtype
     rotation = Rotation(layer.head_size, layer.rotary_dim, layer.is_neox_style, 0, False, *sections)
-    turn = bind_rotary_embedding(rotation, query.dtype, cache_dtype, query.get_device())
+    dtype, device = query.dtype, query.get_device()
+    kernel, axes = ("mrotary_embedding", 3) if sections else ("rotary_embedding", 1)
+    shape = _shape(tokens, query, key, layer.head_size, layer.rotary_dim, layer.is_neox_style)
+    turn = decisions.settled(
+        (device, dtype, kernel, *shape),
+        bind_rotary_embedding(rotation, dtype, cache_dtype, device),
+        lambda positions, *rest: positions.numel() // axes,
+    )
     buffers = layer._buffers
 
     def call(positions: Any, query: Any, key: Any = None) -> Any:
@@ -43,8 +66,10 @@ def _settled(layer: Any, query: Any, own_dtype: bool, *sections: Any) -> Callabl
 def _rotary_embedding(original: Any, site: Any) -> Any:
     import torch
 
+    decisions = _decisions(site)
+
     def bind(layer: Any, positions: Any, query: Any, key: Any = None) -> Callable[..., Any]:
-        return _settled(layer, query, own_dtype=layer.use_flashinfer)
+        return _settled(decisions, layer, positions.numel(), query, key, layer.use_flashinfer)
 
     def traced(layer: Any, positions: Any, query: Any, key: Any = None) -> Any:
         cache = layer.cos_sin_cache if layer.use_flashinfer else layer._match_cos_sin_cache_dtype(query)
@@ -59,9 +84,11 @@ def _deepseek_scaling(original: Any, site: Any) -> Any:
 
     from ..errors import Refused
 
+    decisions = _decisions(site)
+
     # Neither vLLM's FlashInfer path nor its plain one converts this layer's cosines and sines.
     def bind(layer: Any, positions: Any, query: Any, key: Any = None, offsets: Any = None) -> Callable[..., Any]:
-        turn = _settled(layer, query, own_dtype=True)
+        turn = _settled(decisions, layer, positions.numel(), query, key, True)
 
         def call(positions: Any, query: Any, key: Any = None, offsets: Any = None) -> Any:
             if offsets is not None:
@@ -85,11 +112,14 @@ def _mrope(original: Any, site: Any) -> Any:
 
     from ..errors import Refused
 
+    decisions = _decisions(site)
+
     def bind(layer: Any, positions: Any, query: Any, key: Any = None, offsets: Any = None) -> Callable[..., Any]:
-        plain = _settled(layer, query, False)
+        shared = decisions, layer, positions.shape[-1], query, key, False
+        plain = _settled(*shared)
         section = tuple(layer.mrope_section or ())
         # vLLM's kernel for sections turns NeoX pairs only.
-        sections = _settled(layer, query, False, section, layer.mrope_interleaved) if section else None
+        sections = _settled(*shared, section, layer.mrope_interleaved) if section else None
 
         def call(positions: Any, query: Any, key: Any = None, offsets: Any = None) -> Any:
             if offsets is not None:
@@ -118,10 +148,21 @@ def _mrope(original: Any, site: Any) -> Any:
 
 
 def _rotary_embedding_op(original: Any, site: Any) -> Any:
+    from ..faster import check
     from ..kernels.rotary_embedding import rotary_embedding
     from ..sites import op_kernel
 
-    return op_kernel(original, site, rotary_embedding)
+    decisions = _decisions(site)
+
+    def call(
+        positions: Any, query: Any, key: Any, head_size: int, cache: Any, is_neox: bool, *more: Any
+    ) -> None:
+        shape = _shape(tokens := positions.numel(), query, key, head_size, cache.size(-1), is_neox)
+        if slower := decisions[(query.get_device(), query.dtype, "rotary_embedding", *shape)]:
+            check(slower, tokens)
+        rotary_embedding(positions, query, key, head_size, cache, is_neox, *more)
+
+    return op_kernel(original, site, call)
 
 
 PATCHES = (

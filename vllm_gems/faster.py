@@ -1,0 +1,141 @@
+"""Only where faster: what `vllm-gems bench` measured decides, by shape, number of tokens and mode, who does a call.
+
+A patch's measurements are kept as kernels' configurations are (`tuned`), under the patch's name, by the key
+"<dtype> <kernel> <shape>"; each gives the `Times` at some numbers of tokens, powers of two. A call counts as one of the
+least number that is not smaller than its own. Where ours took more than `MARGIN` of the original's time the original
+runs, and the report counts it with the reason; where nothing was measured ours does, and the report names the key.
+
+In eager mode the time is the host's and the GPU's together; in a CUDA graph that is being captured the GPU's alone. What
+Dynamo traces serves all numbers of tokens, and is left as it is.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+
+from . import tuned
+from .errors import Slower
+
+# By how much ours has to be slower for the original to run: medians of both sides differ by some percent from run to run.
+MARGIN = 1.05
+
+EAGER, GRAPH = "eager", "graph"
+
+
+class Times(NamedTuple):
+    """Median microseconds of one call at one number of tokens, both sides measured in turns in one run."""
+
+    host: float
+    gpu: float
+    vllm_host: float
+    vllm_gpu: float
+
+    def ratio(self, mode: str) -> float:
+        """Our time over the original's."""
+        if mode == EAGER:
+            return (self.host + self.gpu) / (self.vllm_host + self.vllm_gpu)
+        return self.gpu / self.vllm_gpu
+
+    def slower(self, tokens: int, mode: str) -> str | None:
+        """Why the original runs; None if ours does."""
+        ratio = self.ratio(mode)
+        return f"measured slower: {ratio:.2f} of vLLM's at {tokens} tokens, {mode}" if ratio > MARGIN else None
+
+
+# By the bit length of a number of tokens less one: why the original runs in eager mode and why in a graph. Empty if it
+# never does.
+Reasons = tuple[tuple[str | None, str | None], ...]
+
+_NEITHER = None, None
+
+
+def reasons(measured: Mapping[str, Any]) -> Reasons:
+    """measured: number of tokens -> `Times`, as they are stored."""
+    found: list[tuple[str | None, str | None]] = []
+    for tokens in sorted(map(int, measured)):
+        times = Times(*measured[str(tokens)])
+        each = times.slower(tokens, EAGER), times.slower(tokens, GRAPH)
+        found += [each] * ((tokens - 1).bit_length() + 1 - len(found))
+    return tuple(found) if any(each != _NEITHER for each in found) else ()
+
+
+@functools.cache
+def source(module: str) -> str:
+    """By which the measurements of kernels in this file are recognised: all device functions that it has or uses."""
+    functions = [value for value in vars(sys.modules[module]).values() if hasattr(value, "fn")]
+    return tuned.source_hash(*functions)
+
+
+def key_of(dtype: torch.dtype, kernel: str, *shape: Any) -> str:
+    return " ".join((str(dtype).removeprefix("torch."), kernel, *map(str, shape)))
+
+
+# Keys that were asked for while nothing is decided; None nearly always.
+_asked: set[str] | None = None
+
+
+@contextmanager
+def undecided() -> Iterator[set[str]]:
+    """Our side runs, whatever was measured: for those who measure. Yields the keys that are asked for."""
+    global _asked
+    before, _asked = _asked, set()
+    try:
+        yield _asked
+    finally:
+        _asked = before
+
+
+class Decisions(dict[tuple[Any, ...], Reasons]):
+    """(device, dtype, kernel, *shape) -> where the original of one patch runs; found once, then one look-up.
+
+    module: the file of the patch's kernels.
+    """
+
+    def __init__(self, patch: str, module: str) -> None:
+        super().__init__()
+        self._patch = patch
+        self._module = module
+
+    def __missing__(self, of: tuple[Any, ...]) -> Reasons:
+        device, *rest = of
+        key = key_of(*rest)
+        measured = None
+        if _asked is not None:
+            _asked.add(key)
+        else:
+            measured = tuned.lookup(self._patch, device, key, source(self._module))
+        found = self[of] = reasons(measured) if measured else ()
+        return found
+
+    def settled(
+        self, of: tuple[Any, ...], call: Callable[..., Any], tokens_of: Callable[..., int]
+    ) -> Callable[..., Any]:
+        """`call`, which raises Slower at numbers of tokens where the original is faster; itself where that is nowhere.
+
+        tokens_of takes what `call` does, by position.
+        """
+        known = self[of]
+        if not known:
+            return call
+
+        def checked(*args: Any) -> Any:
+            check(known, tokens_of(*args))
+            return call(*args)
+
+        return checked
+
+
+def check(known: Reasons, tokens: int) -> None:
+    """Raises Slower if the original is to do a call of that many tokens."""
+    size = (tokens - 1).bit_length()
+    if tokens > 0 and size < len(known):
+        eager, graph = known[size]
+        reason = eager if eager is graph or not torch.cuda.is_current_stream_capturing() else graph
+        if reason is not None:
+            raise Slower(reason)
