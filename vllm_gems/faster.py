@@ -5,15 +5,15 @@ A patch's measurements are kept as kernels' configurations are (`tuned`), under 
 least number that is not smaller than its own. Where ours took more than `MARGIN` of the original's time the original
 runs, and the report counts it with the reason; where nothing was measured ours does, and the report names the key.
 
-In eager mode the time is the host's and the GPU's together; in a CUDA graph that is being captured the GPU's alone. What
-Dynamo traces serves all numbers of tokens, and is left as it is.
+In eager mode the time is the host's and the GPU's together; in a CUDA graph that is being captured the GPU's alone.
+What Dynamo traces serves all numbers of tokens, and is left as it is.
 """
 
 from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -22,7 +22,7 @@ import torch
 from . import tuned
 from .errors import Slower
 
-# By how much ours has to be slower for the original to run: medians of both sides differ by some percent from run to run.
+# By how much ours has to be slower for the original to run: medians differ by some percent from run to run.
 MARGIN = 1.05
 
 EAGER, GRAPH = "eager", "graph"
@@ -72,7 +72,42 @@ def source(module: str) -> str:
     return tuned.source_hash(*functions)
 
 
-def key_of(dtype: torch.dtype, kernel: str, *shape: Any) -> str:
+def told(patch: str, gpu: str, module: str) -> dict[str, Any]:
+    """What was measured of a patch, whose kernels are in `module`, on the GPU of this name.
+
+    {"gpu", "rows": [{"key", "tokens", a field of `Times` each, "eager" and "graph" (ratios), "original" (the modes in
+    which it runs)}], "borrowed" and "stale" as in `tuned.Table`}.
+    """
+    table = tuned.Table(patch, gpu, source(module))
+    rows = []
+    for key, measured in sorted(table.measured.items()):
+        for tokens in sorted(map(int, measured)):
+            times = Times(*measured[str(tokens)])
+            rows.append({
+                "key": key, "tokens": tokens, **times._asdict(),
+                **{mode: round(times.ratio(mode), 3) for mode in (EAGER, GRAPH)},
+                "original": [mode for mode in (EAGER, GRAPH) if times.slower(tokens, mode)],
+            })  # fmt: skip
+    return {"gpu": gpu, "rows": rows, "borrowed": dict(table.borrowed), "stale": table.stale}
+
+
+def text(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Lines on `told`'s rows."""
+    head = f"{'shape':40}{'tokens':>7}{'vLLM, host + GPU us':>21}{'ours':>17}{'eager':>7}{'graph':>7}"
+    lines = [head] if rows else []
+    for row in rows:
+        vllm, ours = (f"{host:.1f} + {gpu:.1f}" for host, gpu in _sides(row))
+        who = f"  vLLM's own runs: {', '.join(row['original'])}" if row["original"] else ""
+        ratios = f"{row[EAGER]:7.2f}{row[GRAPH]:7.2f}"
+        lines.append(f"{row['key']:40}{row['tokens']:7}{vllm:>21}{ours:>17}{ratios}{who}")
+    return lines
+
+
+def _sides(row: Mapping[str, Any]) -> tuple[tuple[float, float], tuple[float, float]]:
+    return (row["vllm_host"], row["vllm_gpu"]), (row["host"], row["gpu"])
+
+
+def key_of(dtype: torch.dtype | str, kernel: str, *shape: Any) -> str:
     return " ".join((str(dtype).removeprefix("torch."), kernel, *map(str, shape)))
 
 

@@ -92,7 +92,8 @@ class Table:
             if others and shipped.keys() - own.keys():
                 self.borrowed[others] = len(shipped.keys() - own.keys())
         self.configurations.update(own)
-        self.found = len(self.configurations)
+        self.measured = dict(self.configurations)
+        self.found = len(self.measured)
         # What was measured with bfloat16 is taken for float16: as many bytes, and as fast a product.
         for key, configuration in list(self.configurations.items()):
             if key.startswith("bfloat16 "):
