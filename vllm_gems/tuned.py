@@ -53,17 +53,23 @@ def source_hash(*functions: Any) -> str:
 
 
 @functools.cache
-def version(name: str) -> str:
-    """Of a module, as it says itself: a distribution's own name and version may be others. "" if there is none."""
+def versions() -> dict[str, str]:
+    """Of what decides machine code, as the modules say it: a distribution's own name and version may be others."""
+    return {name: str(importlib.import_module(name).__version__) for name in ("torch", "triton")}
+
+
+@functools.cache
+def _version(name: str) -> str:
     try:
         return str(importlib.import_module(name).__version__)
     except ImportError:
         return ""
 
 
-def versions(*others: str) -> dict[str, str]:
-    """Of what decides machine code, and of `others`."""
-    return {name: version(name) for name in ("torch", "triton", *others)}
+def version(name: str) -> str:
+    """Of a module that something was measured with, "" if there is none here."""
+    known = versions()
+    return known[name] if name in known else _version(name)
 
 
 # Keys that were asked for in vain and are remembered, for the report; those of attention's products never end.

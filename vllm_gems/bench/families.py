@@ -37,7 +37,7 @@ class Family:
     view_of_vllm: Callable[..., tuple[Any, ...]] | None = None
     tolerance: float = 0.0  # where it is not that of the dtype
     dtypes: tuple[str, ...] = ()  # where they are not the model's
-    most: int = 0  # tokens, where it is not that of a step
+    most: int = 1 << 30  # tokens, where it is less than a step may have
     call: Callable[..., Any] | None = None  # (function, *args), where more is to be done than to call it
 
 
@@ -237,7 +237,7 @@ def plan(
                 if globs is None and not _has(config, kernel):
                     continue
                 for shape in family.shapes(config, tp):
-                    tokens = _powers_of_two((family.most or max_tokens) * shape.rows)
+                    tokens = _powers_of_two(min(family.most, max_tokens) * shape.rows)
                     for each in family.dtypes or (dtype,):
                         task = Task(patch, catalog().kernels[kernel], family, shape, each, tokens)
                         found.setdefault((patch.name, task.key), task)

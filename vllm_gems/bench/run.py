@@ -242,8 +242,8 @@ def bench(
             else:
                 row |= {"source": faster.source(task.kernel.op.__module__), "times": times}
                 tuned.write(task.patch.name, gpu, {
-                    "key": task.key, "configuration": times, "gpu": gpu, "versions": tuned.versions("vllm"),
-                    "source": row["source"],
+                    "key": task.key, "configuration": times, "gpu": gpu, "source": row["source"],
+                    "versions": {**tuned.versions(), "vllm": tuned.version("vllm")},
                 })  # fmt: skip
             rows.append(row)
             tell(_line(row))
