@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import pathlib
 import sys
 from typing import Any
@@ -12,6 +13,8 @@ import torch
 import toy
 from children import in_child
 
+from benchmarks.patches import rows_of
+from tools import tables
 from vllm_gems import cli, faster, seams, tuned
 from vllm_gems.errors import Refused, Slower
 from vllm_gems.kernels import activation
@@ -199,3 +202,31 @@ def test_what_was_measured_is_told() -> None:
     assert len(lines) == 2 + len(MEASURED)
     nothing = cli._lines(faster.told("op.silu_and_mul", GPU, MODULE))
     assert nothing == [f"measured nothing against vLLM on {GPU}"]
+
+
+def test_a_record_is_shipped_and_decides(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """benchmarks/patches.py -> tools/tables.py -> the package."""
+    key, times = "bfloat16 silu_and_mul 64", {tokens: list(each) for tokens, each in MEASURED.items()}
+    table = {"patch": "op.silu_and_mul", "key": key, "tokens": [1, 2], "times": times, "source": faster.source(MODULE)}
+    rows = rows_of([table, {"patch": "op.silu_and_mul", "key": "another", "tokens": [1], "failed": "boom"}])
+    record = {"gpu": GPU, "modules": {**tuned.versions(), "triton": "0.1"}, "rows": rows}
+    folder = tmp_path / "results" / "made"
+    folder.mkdir(parents=True)
+    monkeypatch.setattr(tables, "RESULTS", folder.parent)
+    assert tables.decisions("made") == {}
+    (folder / "patches.json").write_text(json.dumps(record))
+    ((name, text),) = tables.decisions("made").items()
+    shipped = tmp_path / "package" / "tuned" / "made"
+    shipped.mkdir(parents=True)
+    (shipped / f"{name}.json").write_text(text)
+    monkeypatch.setattr(tuned.resources, "files", lambda package: tmp_path / "package")
+    decisions = faster.Decisions("op.silu_and_mul", MODULE)
+    assert decisions[0, torch.bfloat16, "silu_and_mul", 64] == faster.reasons(MEASURED) != ()
+    assert tuned.states()["op.silu_and_mul"]["borrowed"] == {"triton 0.1": 1}
+    # In the documents: four points, of which one is left to vLLM in each mode.
+    assert tables.patches(record).splitlines()[2].split(" | ")[1:] == [
+        "1", "4", "0.65", "1.41", "1", "0.66", "1.50", "1 |",
+    ]  # fmt: skip
+    (folder / "patches.json").write_text(json.dumps({**record, "rows": [*rows, {**rows[0], "source": "another"}]}))
+    with pytest.raises(ValueError, match="several kernels"):
+        tables.decisions("made")

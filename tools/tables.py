@@ -253,7 +253,8 @@ def patches(record: Record) -> str:
             own = sum(times.slower(tokens, mode) is not None for tokens, times in points)
             cells += [f"{geometric_mean(ratios):.2f}", f"{max(ratios):.2f}", str(own)]
         rows.append(cells)
-    head = [f"{mode}{what}" for mode in ("eager", "graph") for what in (", geometric mean", ", worst", ", left to vLLM")]
+    modes, told = (faster.EAGER, faster.GRAPH), ("geometric mean", "worst", "left to vLLM")
+    head = [f"{mode}, {what}" for mode in modes for what in told]
     return markdown(("patch", "shapes", "points", *head), rows)
 
 
