@@ -49,6 +49,19 @@ def write(patch: str, key: str, measured: Any, **other: Any) -> None:
     tuned.write(patch, GPU, {**entry, **other})
 
 
+def call(x: torch.Tensor) -> str:
+    return "ours"
+
+
+call.__module__ = MODULE  # as if it were a kernel's of this file
+
+
+def decided(patch: str, width: int) -> bool:
+    """Whether anything of bfloat16 rows of this width is left to vLLM."""
+    key = faster.key_of(torch.bfloat16, "silu_and_mul", width)
+    return faster.where_faster(patch, key, 0, call, lambda x: x.shape[0]) is not call
+
+
 def refusal(known: faster.Reasons, tokens: int) -> str | None:
     try:
         faster.check(known, tokens)
@@ -76,13 +89,10 @@ def test_only_what_is_slower_by_more_than_the_margin_counts() -> None:
 def test_calls_are_settled_by_shape() -> None:
     write("activation.silu_and_mul", "bfloat16 silu_and_mul 64", MEASURED)
     write("activation.silu_and_mul", "bfloat16 silu_and_mul 128", {"1": FASTER, "8192": FASTER})
-    decisions = faster.Decisions("activation.silu_and_mul", MODULE)
-
-    def call(x: torch.Tensor) -> str:
-        return "ours"
 
     def settled(dtype: torch.dtype, width: int, device: int = 0) -> Any:
-        return decisions.settled((device, dtype, "silu_and_mul", width), call, lambda x: x.shape[0])
+        key = faster.key_of(dtype, "silu_and_mul", width)
+        return faster.where_faster("activation.silu_and_mul", key, device, call, lambda x: x.shape[0])
 
     for dtype, width, device in ((torch.bfloat16, 128, 0), (torch.bfloat16, 96, 0), (torch.bfloat16, 64, -1)):
         assert settled(dtype, width, device) is call, "nothing is put before what is ours"
@@ -106,8 +116,7 @@ def test_what_was_measured_with_something_else_decides_nothing() -> None:
     write("activation.silu_and_mul", "bfloat16 silu_and_mul 64", MEASURED, source="another")
     of_old = {**tuned.versions(), "pluggy": "0.0.1"}
     write("activation.silu_and_mul", "bfloat16 silu_and_mul 128", MEASURED, versions=of_old)
-    decisions = faster.Decisions("activation.silu_and_mul", MODULE)
-    assert [decisions[0, torch.bfloat16, "silu_and_mul", width] for width in (64, 128)] == [(), ()]
+    assert not any(decided("activation.silu_and_mul", width) for width in (64, 128))
     stale = {
         "of another source": ["bfloat16 silu_and_mul 64"],
         "measured with pluggy 0.0.1": ["bfloat16 silu_and_mul 128"],
@@ -121,10 +130,9 @@ def test_what_was_measured_with_something_else_decides_nothing() -> None:
 def test_measuring_is_not_decided_by_what_was_measured() -> None:
     write("op.silu_and_mul", "bfloat16 silu_and_mul 64", MEASURED)
     with faster.undecided() as asked:
-        decisions = faster.Decisions("op.silu_and_mul", MODULE)
-        assert decisions[0, torch.bfloat16, "silu_and_mul", 64] == ()
+        assert not decided("op.silu_and_mul", 64)
         assert asked == {"bfloat16 silu_and_mul 64"}
-    assert faster.Decisions("op.silu_and_mul", MODULE)[0, torch.bfloat16, "silu_and_mul", 64] != ()
+    assert decided("op.silu_and_mul", 64)
 
 
 def test_an_op_of_vllms_runs_where_it_is_faster(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -220,8 +228,7 @@ def test_a_record_is_shipped_and_decides(tmp_path: pathlib.Path, monkeypatch: py
     shipped.mkdir(parents=True)
     (shipped / f"{name}.json").write_text(text)
     monkeypatch.setattr(tuned.resources, "files", lambda package: tmp_path / "package")
-    decisions = faster.Decisions("op.silu_and_mul", MODULE)
-    assert decisions[0, torch.bfloat16, "silu_and_mul", 64] == faster.reasons(MEASURED) != ()
+    assert decided("op.silu_and_mul", 64)
     assert tuned.states()["op.silu_and_mul"]["borrowed"] == {"triton 0.1": 1}
     # In the documents: four points, of which one is left to vLLM in each mode.
     assert tables.patches(record).splitlines()[2].split(" | ")[1:] == [

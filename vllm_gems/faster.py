@@ -126,44 +126,27 @@ def undecided() -> Iterator[set[str]]:
         _asked = before
 
 
-class Decisions(dict[tuple[Any, ...], Reasons]):
-    """(device, dtype, kernel, *shape) -> where the original of one patch runs; found once, then one look-up.
+def where_faster(
+    patch: str, key: str, device: int, call: Callable[..., Any], tokens_of: Callable[..., int]
+) -> Callable[..., Any]:
+    """`call`, settled by a kernel's file, which raises Slower at numbers of tokens where the original is faster.
 
-    module: the file of the patch's kernels.
+    It is `call` itself where that is nowhere. key: by `key_of`. tokens_of takes what `call` does, by position.
     """
+    measured = None
+    if _asked is not None:
+        _asked.add(key)
+    else:
+        measured = tuned.lookup(patch, device, key, source(call.__module__))
+    known = reasons(measured) if measured else ()
+    if not known:
+        return call
 
-    def __init__(self, patch: str, module: str) -> None:
-        super().__init__()
-        self._patch = patch
-        self._module = module
+    def checked(*args: Any) -> Any:
+        check(known, tokens_of(*args))
+        return call(*args)
 
-    def __missing__(self, of: tuple[Any, ...]) -> Reasons:
-        device, *rest = of
-        key = key_of(*rest)
-        measured = None
-        if _asked is not None:
-            _asked.add(key)
-        else:
-            measured = tuned.lookup(self._patch, device, key, source(self._module))
-        found = self[of] = reasons(measured) if measured else ()
-        return found
-
-    def settled(
-        self, of: tuple[Any, ...], call: Callable[..., Any], tokens_of: Callable[..., int]
-    ) -> Callable[..., Any]:
-        """`call`, which raises Slower at numbers of tokens where the original is faster; itself where that is nowhere.
-
-        tokens_of takes what `call` does, by position.
-        """
-        known = self[of]
-        if not known:
-            return call
-
-        def checked(*args: Any) -> Any:
-            check(known, tokens_of(*args))
-            return call(*args)
-
-        return checked
+    return checked
 
 
 def check(known: Reasons, tokens: int) -> None:

@@ -20,6 +20,15 @@ def _weight_of(layer: Any) -> tuple[dict[str, Any], Any]:
     return parameters, parameters["weight"]
 
 
+def _faster(site: Any, kernel: str, x: Any, call: Callable[..., Any]) -> Callable[..., Any]:
+    """`call` for rows like those of x, where it is faster."""
+    from ..faster import key_of, where_faster
+
+    hidden_size = x.shape[-1]
+    key = key_of(x.dtype, kernel, hidden_size)
+    return where_faster(site.name, key, x.get_device(), call, lambda x, *rest: x.numel() // hidden_size)
+
+
 def _adapt(
     original: Any,
     site: Any,
@@ -29,11 +38,9 @@ def _adapt(
     traced: Callable[..., Any],
 ) -> Any:
     from ..errors import Refused
-    from ..faster import Decisions
     from ..kernels.rms_norm import bind_fused_add_rms_norm, bind_rms_norm
     from ..sites import layer_method
 
-    decisions = Decisions(site.name, bind_rms_norm.__module__)
     kind = "gemma_" if gemma else ""
 
     def bind(layer: Any, x: Any, residual: Any = None) -> Callable[..., Any]:
@@ -45,14 +52,8 @@ def _adapt(
         settled = dtype, weight_dtype, x.shape[-1], layer.variance_epsilon, variance_size_of(layer), gemma
         if weight is not None and weight.shape != x.shape[-1:]:
             raise Refused(f"x has {x.shape[-1]} elements a row, the weight {tuple(weight.shape)}")
-        hidden_size = x.shape[-1]
-
-        def faster(kernel: str, call: Callable[..., Any]) -> Callable[..., Any]:
-            of = device, dtype, f"{kind}{kernel}", hidden_size
-            return decisions.settled(of, call, lambda x, *rest: x.numel() // hidden_size)
-
-        alone = faster("rms_norm", bind_rms_norm(*settled, device))
-        fused = faster("fused_add_rms_norm", bind_fused_add_rms_norm(*settled, in_place, device))
+        alone = _faster(site, f"{kind}rms_norm", x, bind_rms_norm(*settled, device))
+        fused = _faster(site, f"{kind}fused_add_rms_norm", x, bind_fused_add_rms_norm(*settled, in_place, device))
 
         def call(x: Any, residual: Any = None) -> Any:
             weight = parameters["weight"]
@@ -93,31 +94,38 @@ def _gemma_rms_norm(original: Any, site: Any) -> Any:
 
 
 def _rms_norm_op(original: Any, site: Any) -> Any:
-    from ..faster import Decisions, check
-    from ..kernels.rms_norm import rms_norm
+    from ..errors import Refused
+    from ..kernels.rms_norm import bind_rms_norm, rms_norm_refuses
     from ..sites import op_kernel
 
-    decisions = Decisions(site.name, rms_norm.__module__)
+    settled: dict[Any, Callable[..., Any]] = {}
 
     def call(out: Any, x: Any, weight: Any, epsilon: float) -> None:
-        if slower := decisions[x.get_device(), x.dtype, "rms_norm", hidden_size := x.size(-1)]:
-            check(slower, x.numel() // hidden_size)
-        rms_norm(x, weight, epsilon, out=out)
+        if reason := rms_norm_refuses(x, weight, epsilon, None, out):
+            raise Refused(reason)
+        of = x.dtype, None if weight is None else weight.dtype, x.shape[-1], epsilon, None, False, x.get_device()
+        if of not in settled:
+            settled[of] = _faster(site, "rms_norm", x, bind_rms_norm(*of))
+        settled[of](x, weight, out)
 
     return op_kernel(original, site, call)
 
 
 def _fused_add_rms_norm_op(original: Any, site: Any) -> Any:
-    from ..faster import Decisions, check
-    from ..kernels.rms_norm import fused_add_rms_norm
+    from ..errors import Refused
+    from ..kernels.rms_norm import bind_fused_add_rms_norm, fused_add_rms_norm_refuses
     from ..sites import op_kernel
 
-    decisions = Decisions(site.name, fused_add_rms_norm.__module__)
+    settled: dict[Any, Callable[..., Any]] = {}
 
     def call(x: Any, residual: Any, weight: Any, epsilon: float) -> None:
-        if slower := decisions[x.get_device(), x.dtype, "fused_add_rms_norm", hidden_size := x.size(-1)]:
-            check(slower, x.numel() // hidden_size)
-        fused_add_rms_norm(x, residual, weight, epsilon)
+        if reason := fused_add_rms_norm_refuses(x, residual, weight, epsilon):
+            raise Refused(reason)
+        dtype = None if weight is None else weight.dtype
+        of = x.dtype, dtype, x.shape[-1], epsilon, None, False, True, x.get_device()
+        if of not in settled:
+            settled[of] = _faster(site, "fused_add_rms_norm", x, bind_fused_add_rms_norm(*of))
+        settled[of](x, residual, weight)
 
     return op_kernel(original, site, call)
 

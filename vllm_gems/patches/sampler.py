@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 from ..nouns import Patch
@@ -9,21 +11,21 @@ from ..nouns import Patch
 
 def _top_k_top_p(original: Any, site: Any) -> Any:
     from ..errors import Refused
-    from ..faster import Decisions, check
+    from ..faster import key_of, where_faster
     from ..kernels.top_p import top_p
     from ..sites import function
 
-    decisions = Decisions(site.name, top_p.__module__)
+    @functools.cache
+    def settled(dtype: Any, vocab_size: int, device: int) -> Callable[..., None]:
+        key = key_of(dtype, "top_p", vocab_size)
+        return where_faster(site.name, key, device, top_p, lambda logits, p: logits.shape[0])
 
     def call(logits: Any, k: Any, p: Any, has_topp_only_rows: bool = True) -> Any:
         if k is not None:
             raise Refused("a top-k")
         if p is None:
             raise Refused("neither top-k nor top-p")
-        rows, vocab_size = logits.shape
-        if slower := decisions[logits.get_device(), logits.dtype, "top_p", vocab_size]:
-            check(slower, rows)
-        top_p(logits, p)
+        settled(logits.dtype, logits.shape[-1], logits.get_device())(logits, p)
         return logits
 
     return function(original, site, call)
