@@ -79,6 +79,8 @@ def _op(name: str) -> Callable[[Any, Any], Any]:
                 raise Refused(reason)
             of = x.dtype, x.shape[-1], (*params, *defaults[len(params) :]), x.get_device()
             if of not in settled:
+                if inspect.Parameter.empty in of[2]:
+                    raise TypeError(f"{name} has parameters without a default, which were not given")
                 settled[of] = _settled(site, name, *of)
             settled[of](x, out)
 
