@@ -214,10 +214,10 @@ def _lines(measured: dict[str, Any]) -> list[str]:
     from .faster import text
 
     where = f" on {measured['gpu']}" if measured["gpu"] else ": there is no GPU here, and --gpu names none"
-    notes = [f"{count} shapes shipped, measured with {others}" for others, count in measured["borrowed"].items()]
-    notes += [f"{len(keys)} not used, {reason}" for reason, keys in measured["stale"].items()]
-    told = "" if measured["rows"] else "nothing against vLLM"
-    return [f"measured {'; '.join(filter(None, [told, *notes])) or 'against vLLM'}{where}", *text(measured["rows"])]
+    notes = [f"; {count} shapes shipped, with {others}" for others, count in measured["borrowed"].items()]
+    notes += [f"; {len(keys)} not used, {reason}" for reason, keys in measured["stale"].items()]
+    what = "against vLLM" if measured["rows"] else "nothing against vLLM"
+    return [f"measured {what}{where}{''.join(notes)}", *text(measured["rows"])]
 
 
 def _bench(args: argparse.Namespace) -> int:

@@ -19,7 +19,7 @@ import torch
 
 from .. import faster, seams, tuned
 from ..binders import BINDERS, Bound
-from ..nouns import Case, Kernel, Patch, Place
+from ..nouns import Case, Patch, Place
 from ..sites import Site
 from ..tuning.run import must_be_writable
 from ..tuning.timing import gpu_us, host_us, input_sets
@@ -29,6 +29,7 @@ from .families import Inputs, Task, plan
 TOLERANCES = {"bfloat16": 5e-3, "float16": 1e-3, "float32": 1e-5}
 # What vLLM has no kernel for, it rounds at every step.
 VLLM_TOLERANCE = 4
+_MOST_MEMORY = 16 << 30  # that is kept for the next point
 
 OURS, VLLM = "ours", "vllm"
 _NAMES = {OURS: "ours", VLLM: "vLLM's own"}
@@ -56,56 +57,70 @@ class Sides(NamedTuple):
 
 @contextmanager
 def _sides(task: Task, place: Place, site: Site, inputs: Inputs, device: str) -> Iterator[Sides]:
-    """Both sides of a task at a place of vLLM's, which is put back at the end. May adapt the inputs."""
-    adapt, family, kernel = task.patch.adapt, task.family, task.kernel
-    module = importlib.import_module(place.module)
-    if place.kind == "op":
-        bound: list[Bound] = []
-
-        def switch(side: str) -> None:
-            if side == OURS and not bound:
-                bound.append(BINDERS["op"].bind(place, lambda original: adapt(original, site), seams.platform()))
-            elif side == VLLM and bound:
-                bound.pop().undo()
-
-        namespace, _, name = place.name.partition("::")
-        op = getattr(getattr(torch.ops, namespace), name)
-        stock = kernel.stock_call
-        call = lambda *values: stock(op, **dict(zip(inputs, values, strict=True)))  # type: ignore[misc]  # noqa: E731
-        try:
-            yield Sides(
-                {OURS: call, VLLM: call}, lambda inputs: tuple(inputs.values()), switch, partial(_results, kernel)
-            )
-        finally:
-            switch(VLLM)
-        return
+    """Both sides of a task at a place of vLLM's, which is left as it was. May adapt the inputs."""
+    family, module = task.family, importlib.import_module(place.module)
     owner, _, attribute = place.name.rpartition(".")
-    whole = lambda inputs, returned: returned if isinstance(returned, tuple) else (returned,)  # noqa: E731
-    if family.layer is not None:
+    if place.kind == "op":
+        with _of_op(task, place, site, tuple(inputs)) as sides:
+            yield sides
+    elif family.layer is not None:
         cls = getattr(module, owner)
         original = getattr(cls, attribute)
         with torch.device(device):
-            layers = {side: family.layer(cls, inputs) for side in (OURS, VLLM)}
+            ours, vllm = family.layer(cls, inputs), family.layer(cls, inputs)
         # Where the class keeps the method that it chose, as it would choose with the patch bound and without.
-        layers[OURS]._forward_method = MethodType(adapt(original, site), layers[OURS])
-        layers[VLLM]._forward_method = MethodType(original, layers[VLLM])
-        yield Sides(layers, family.args, lambda side: None, whole)
-        return
-    original = getattr(getattr(module, owner) if owner else module, attribute)
-    replacement = adapt(original, site)
-    calls = {OURS: replacement, VLLM: original}
-    if family.call is not None:
-        calls = {side: partial(family.call, function) for side, function in calls.items()}
+        ours._forward_method = MethodType(task.patch.adapt(original, site), ours)
+        vllm._forward_method = MethodType(original, vllm)
+        yield Sides({OURS: ours, VLLM: vllm}, family.args, _nothing, _returned)
+    else:
+        original = getattr(getattr(module, owner) if owner else module, attribute)
+        replacement = task.patch.adapt(original, site)
+        calls = {OURS: replacement, VLLM: original}
+        if family.call is not None:
+            calls = {side: partial(family.call, function) for side, function in calls.items()}
+        try:
+            yield Sides(calls, family.args, _nothing, _returned)
+        finally:
+            replacement.live = None
+
+
+def _nothing(side: str) -> None:
+    """Both sides are there at once."""
+
+
+def _returned(inputs: Inputs, returned: Any) -> tuple[Any, ...]:
+    return returned if isinstance(returned, tuple) else (returned,)
+
+
+@contextmanager
+def _of_op(task: Task, place: Place, site: Site, names: tuple[str, ...]) -> Iterator[Sides]:
+    """Of an op, whose kernel in the dispatcher is now ours and now vLLM's. names: of the inputs."""
+    kernel, bound = task.kernel, list[Bound]()
+    namespace, _, name = place.name.partition("::")
+    op = getattr(getattr(torch.ops, namespace), name)
+
+    def switch(side: str) -> None:
+        if side == OURS and not bound:
+            adapt = task.patch.adapt
+            bound.append(BINDERS["op"].bind(place, lambda original: adapt(original, site), seams.platform()))
+        elif side == VLLM and bound:
+            bound.pop().undo()
+
+    def call(*args: Any) -> Any:
+        assert kernel.stock_call is not None
+        return kernel.stock_call(op, **dict(zip(names, args, strict=True)))
+
+    def results(inputs: Inputs, returned: Any) -> tuple[Any, ...]:
+        """In the order of the kernel's reference."""
+        many = _returned(inputs, returned)
+        return tuple(
+            many[int(where[7:] or 0)] if where.startswith("return") else inputs[where] for where in kernel.results
+        )
+
     try:
-        yield Sides(calls, family.args, lambda side: None, whole)
+        yield Sides({OURS: call, VLLM: call}, lambda inputs: tuple(inputs.values()), switch, results)
     finally:
-        replacement.live = None
-
-
-def _results(kernel: Kernel, inputs: Inputs, returned: Any) -> tuple[Any, ...]:
-    """What the kernel's op computed, in the order of its reference."""
-    many = returned if isinstance(returned, tuple) else (returned,)
-    return tuple(many[int(where[7:] or 0)] if where.startswith("return") else inputs[where] for where in kernel.results)
+        switch(VLLM)
 
 
 def _copied(inputs: Inputs) -> Inputs:
@@ -165,9 +180,9 @@ def _place(patch: Patch) -> Place:
     raise LookupError("; ".join(refusals) or f"vLLM has no such place on its platform {platform!r}")
 
 
-def measure(task: Task, tokens: int, timer: Timer, device: str) -> faster.Times:
+def measure(task: Task, place: Place, tokens: int, timer: Timer, device: str) -> faster.Times:
     """Both sides at one number of tokens. Raises WrongError, and what vLLM or a kernel raises."""
-    place, site = _place(task.patch), Site(task.patch.name, task.patch.kernels, strict=True)
+    site = Site(task.patch.name, task.patch.kernels, strict=True)
     inputs = task.kernel.inputs(Case(f"{tokens} tokens", task.shape.case(tokens)), task.dtype, device)
     with faster.undecided() as asked, _sides(task, place, site, inputs, device) as sides:
         _verify(task, sides, inputs)
@@ -232,10 +247,10 @@ def bench(
             define([task.kernel])
             row: dict[str, Any] = {"patch": task.patch.name, "key": task.key, "tokens": list(task.tokens)}
             try:
-                times = {}
+                place, times = _place(task.patch), {}
                 for tokens in task.tokens:
-                    times[str(tokens)] = measure(task, tokens, timer, device)
-                    if device == "cuda":
+                    times[str(tokens)] = measure(task, place, tokens, timer, device)
+                    if device == "cuda" and torch.cuda.memory_reserved() > _MOST_MEMORY:
                         torch.cuda.empty_cache()  # each graph has memory of its own, which no other is given before
             except Exception as error:
                 row["failed"] = f"{type(error).__name__}: {error}"
