@@ -50,6 +50,11 @@ def _norms(config: Config, tp: int) -> Iterator[Shape]:
         yield _rows(width, rows)
 
 
+def _norms_of_layers(config: Config, tp: int) -> Iterator[Shape]:
+    """Those that a residual is added before."""
+    yield _rows(config["hidden_size"])
+
+
 def _norm_layer(cls: Any, inputs: Inputs) -> Any:
     layer = cls(inputs["x"].shape[-1], eps=inputs["epsilon"]).to(inputs["x"].device)
     layer.weight.data = inputs["weight"]
@@ -138,6 +143,11 @@ def _vocabularies(config: Config, tp: int) -> Iterator[Shape]:
 
 
 _NORM = Family(_norms, _norm_args, _norm_layer)
+_FUSED_NORM = Family(_norms_of_layers, _norm_args, _norm_layer)
+_NORMS = {
+    "rms_norm": _NORM, "gemma_rms_norm": _NORM, "fused_add_rms_norm": _FUSED_NORM,
+    "gemma_fused_add_rms_norm": _FUSED_NORM,
+}  # fmt: skip
 _ROUTING = Family(
     _routers, _routing_args, view=_of_experts, dtypes=("bfloat16", "float32"),
     # vLLM's chooses among rounded scores, of which some are equal.
@@ -165,18 +175,21 @@ def _activation(name: str) -> Family:
 
 def _family(patch: str, kernel: str) -> Family | None:
     """How this kernel of this patch is measured; None if it is not, by itself."""
-    group = patch.partition(".")[0]
+    from ..kernels import activation
+
+    if patch in ("moe.grouped_topk", "sampler.top_p"):
+        return _ROUTING if kernel == "grouped_topk" else _SAMPLING
     if patch == "rotary.deepseek_scaling":
         return _rotary(True, 1.0)
     if kernel == "mrotary_embedding":
         return _rotary(False, sections=True)
-    if kernel == "rotary_embedding" and patch != "rotary.mrope":
+    if patch in ("rotary.rotary_embedding", "op.rotary_embedding"):
         return _rotary(False)
-    if group == "layernorm" or patch in ("op.rms_norm", "op.fused_add_rms_norm"):
-        return _NORM
-    if group in ("activation", "op"):
+    if patch.partition(".")[0] not in ("layernorm", "activation", "op"):
+        return None
+    if any(kernel == each.name for each in activation.KERNELS):
         return _activation(kernel)
-    return {"moe.grouped_topk": _ROUTING, "sampler.top_p": _SAMPLING}.get(patch)
+    return _NORMS.get(kernel)
 
 
 # The activations of models by their configurations' names for them; the others are measured if asked for.
@@ -188,7 +201,7 @@ _ACTIVATIONS = {
 
 def _has(config: Config, kernel: str) -> bool:
     """Whether a model of this configuration comes to the kernel."""
-    if "rms_norm" in kernel:
+    if kernel in _NORMS:
         return kernel.startswith("gemma") is str(config.get("model_type")).startswith("gemma")
     if kernel == "mrotary_embedding":
         return "mrope_section" in (config.get("rope_scaling") or {})
