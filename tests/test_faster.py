@@ -106,8 +106,8 @@ def test_calls_are_settled_by_shape() -> None:
     assert (state["found"], state["missing"]) == (2, ["bfloat16 silu_and_mul 96", "float32 silu_and_mul 64"])
     last = Report.of_process(()).text().splitlines()[-1]
     assert last == (
-        "activation.silu_and_mul: 2 shapes measured against vLLM; none for 2 others: bfloat16 silu_and_mul 96, "
-        "float32 silu_and_mul 64, where ours runs"
+        "activation.silu_and_mul: 2 shapes measured against vLLM; 2 others not, where ours runs: "
+        "bfloat16 silu_and_mul 96, float32 silu_and_mul 64"
     )
 
 

@@ -93,13 +93,13 @@ def told(patch: str, gpu: str, module: str) -> dict[str, Any]:
 
 def text(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """Lines on `told`'s rows."""
-    head = f"{'shape':40}{'tokens':>7}{'vLLM, host + GPU us':>21}{'ours':>17}{'eager':>7}{'graph':>7}"
+    head = f"{'shape':46}{'tokens':>7}{'vLLM, host + GPU us':>21}{'ours':>17}{'eager':>7}{'graph':>7}"
     lines = [head] if rows else []
     for row in rows:
         vllm, ours = (f"{host:.1f} + {gpu:.1f}" for host, gpu in _sides(row))
         who = f"  vLLM's own runs: {', '.join(row['original'])}" if row["original"] else ""
         ratios = f"{row[EAGER]:7.2f}{row[GRAPH]:7.2f}"
-        lines.append(f"{row['key']:40}{row['tokens']:7}{vllm:>21}{ours:>17}{ratios}{who}")
+        lines.append(f"{row['key']:46}{row['tokens']:7}{vllm:>21}{ours:>17}{ratios}{who}")
     return lines
 
 

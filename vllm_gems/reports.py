@@ -172,14 +172,13 @@ def _added(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:
 def _measured(state: tuple[str, Mapping[str, Any]]) -> str:
     """One line on the measured configurations of a kernel, or on what a patch was measured to be against vLLM."""
     name, known = state
-    is_patch = "." in name
-    what, otherwise = "measured configurations", "which take what was best for others, or the default"
-    if is_patch:
-        what, otherwise = "shapes measured against vLLM", "where ours runs"
-    parts = [f"{name}: {known['found']} {what}"]
+    is_patch, missing = "." in name, known["missing"]
+    parts = [f"{name}: {known['found']} {'shapes measured against vLLM' if is_patch else 'measured configurations'}"]
     parts += [f"{count} of them shipped, measured with {others}" for others, count in known["borrowed"].items()]
-    if missing := known["missing"]:
-        parts.append(f"none for {f'{len(missing)} others: ' if is_patch else ''}{_some(missing)}, {otherwise}")
+    if missing and is_patch:
+        parts.append(f"{len(missing)} others not, where ours runs: {_some(missing)}")
+    elif missing:
+        parts.append(f"none for {_some(missing)}, which take what was best for others, or the default")
     parts += [f"{len(keys)} not used, {reason}: {_some(keys)}" for reason, keys in known["stale"].items()]
     return "; ".join(parts)
 

@@ -52,7 +52,7 @@ def _norms(config: Config, tp: int) -> Iterator[Shape]:
 
 def _norms_of_layers(config: Config, tp: int) -> Iterator[Shape]:
     """Those that a residual is added before."""
-    yield _rows(config["hidden_size"])
+    yield _rows(*models.norms(config, tp)[0])
 
 
 def _norm_layer(cls: Any, inputs: Inputs) -> Any:

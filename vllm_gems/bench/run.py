@@ -227,7 +227,7 @@ def bench(
     tasks = plan(names, patches, dtype, tp, max_tokens)
     if dry_run:
         rows = [{"patch": each.patch.name, "key": each.key, "tokens": list(each.tokens)} for each in tasks]
-        lines = [f"{each.patch.name:28}{each.key:44}1 to {each.tokens[-1]} tokens" for each in tasks]
+        lines = [f"{each.patch.name:36}{each.key:46}1 to {each.tokens[-1]} tokens" for each in tasks]
         points = sum(len(each.tokens) for each in tasks)
         for line in (*lines, f"{len(tasks)} tables, {points} points of both sides"):
             tell(line)
@@ -268,7 +268,7 @@ def bench(
 
 def _line(row: Mapping[str, Any]) -> str:
     """The range of both ratios over the numbers of tokens, and where vLLM's own code will run."""
-    head = f"{row['patch']:28}{row['key']:44}"
+    head = f"{row['patch']:36}{row['key']:46}"
     if "failed" in row:
         return f"{head}failed: {row['failed']}"
     times = {int(tokens): faster.Times(*each) for tokens, each in row["times"].items()}
