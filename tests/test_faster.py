@@ -98,7 +98,7 @@ def test_calls_are_settled_by_shape() -> None:
         assert settled(dtype, width, device) is call, "nothing is put before what is ours"
     for dtype in (torch.bfloat16, torch.float16):  # which is taken to be as fast
         checked = settled(dtype, 64)
-        assert checked(torch.empty(1, 64)) == "ours"
+        assert checked(torch.empty(1, 64)) == checked(x=torch.empty(1, 64)) == "ours"
         with pytest.raises(Slower, match="at 2 tokens, eager"):
             checked(torch.empty(2, 64))
     settled(torch.float32, 64)

@@ -131,7 +131,7 @@ def where_faster(
 ) -> Callable[..., Any]:
     """`call`, settled by a kernel's file, which raises Slower at numbers of tokens where the original is faster.
 
-    It is `call` itself where that is nowhere. key: by `key_of`. tokens_of takes what `call` does, by position.
+    It is `call` itself where that is nowhere. key: by `key_of`. tokens_of takes what `call` does.
     """
     measured = None
     if _asked is not None:
@@ -142,9 +142,9 @@ def where_faster(
     if not known:
         return call
 
-    def checked(*args: Any) -> Any:
-        check(known, tokens_of(*args))
-        return call(*args)
+    def checked(*args: Any, **named: Any) -> Any:
+        check(known, tokens_of(*args, **named))
+        return call(*args, **named)
 
     return checked
 
