@@ -1,4 +1,4 @@
-"""A whole decoder layer of a dense model in eight direct launches, for batches that only decode.
+"""A whole decoder layer in one recording, for batches that only decode: eight direct launches of a dense model.
 
 In eager mode the host is the bottleneck: modules, dispatch and F.linear cost several times what the GPU needs. What a
 layer does in a decode step is always the same, so it is settled once per layer, and a call only launches it. Every
@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from ..nouns import Patch
 from ..seams import KV_CACHE_LAYOUTS
+from . import feed_forward
 from .decode_steps import (
     Memory,
     Paged,
@@ -89,9 +90,9 @@ def _attention_refuses(attention: Any) -> Iterator[str | None]:
 
 
 def _refusals(layer: Any) -> Iterator[str | None]:
-    attention, mlp = layer.self_attn, layer.mlp
+    attention = layer.self_attn
     yield part_refuses(type(attention), "attention")
-    yield part_refuses(type(mlp), "mlp")
+    yield from feed_forward.refusals(layer.mlp)
     yield from norm_refuses("input_layernorm", layer.input_layernorm)
     yield from norm_refuses("post_attention_layernorm", layer.post_attention_layernorm)
     for norm in ("q_norm", "k_norm"):
@@ -99,17 +100,13 @@ def _refusals(layer: Any) -> Iterator[str | None]:
             yield from norm_refuses(norm, getattr(attention, norm))
     yield from linear_refuses("qkv_proj", attention.qkv_proj, "column")
     yield from linear_refuses("o_proj", attention.o_proj, "row")
-    yield from linear_refuses("gate_up_proj", mlp.gate_up_proj, "column")
-    yield from linear_refuses("down_proj", mlp.down_proj, "row")
-    if not is_one_of(mlp.act_fn, "layers.activation", "SiluAndMul"):
-        yield f"the activation is {type(mlp.act_fn).__name__}"
     yield from rotary_refuses(attention.rotary_emb)
     yield from _attention_refuses(attention.attn)
 
 
 def layer_refuses(layer: Any) -> str | None:
     """None if a decoder layer is made of the parts that are settled here, else why not."""
-    return first_refusal(_refusals, layer, "a dense decoder layer")
+    return first_refusal(_refusals, layer, "a decoder layer")
 
 
 # One layer's launches
@@ -138,8 +135,9 @@ def _settle_cache(kv_cache: Any, layout: Callable[[Any, int], tuple[Any, Any]], 
     return _Cache(kv_cache, key.data_ptr() - at, value.data_ptr() - at, strides, key.shape[1])
 
 
-def _bind(layer: Any, hidden_states: Any) -> Callable[..., Any]:
-    """call(step, kv_cache, hidden_states, residual) -> (hidden_states, residual) for this layer; raises Refused."""
+def _bind(layer: Any, hidden_states: Any) -> tuple[Callable[..., Any], Callable[[Any], None]]:
+    """For this layer: call(step, kv_cache, hidden_states, residual) -> (hidden_states, residual), and
+    prepare(kv_cache), after which no call with it compiles anything. All raise Refused."""
     import torch
 
     from .. import replay
@@ -152,7 +150,7 @@ def _bind(layer: Any, hidden_states: Any) -> Callable[..., Any]:
 
     if reason := layer_refuses(layer):
         raise Refused(reason)
-    attention, mlp = layer.self_attn, layer.mlp
+    attention = layer.self_attn
     attn, rotary = attention.attn, attention.rotary_emb
     dtype, device = hidden_states.dtype, hidden_states.get_device()
     hidden_size = hidden_states.shape[-1]
@@ -162,26 +160,19 @@ def _bind(layer: Any, hidden_states: Any) -> Callable[..., Any]:
     qk_norm = hasattr(attention, "q_norm") and getattr(attention, "qk_norm", True)
     scale = float(attn.impl.scale)
 
-    modules = attention.qkv_proj, attention.o_proj, mlp.gate_up_proj, mlp.down_proj
-    qkv, o, gate_up, down = (module.weight for module in modules)
-    qkv_bias, o_bias, gate_up_bias, down_bias = (module.bias for module in modules)
-    intermediate_size = down.shape[1]
-    shapes = [tuple(weight.shape) for weight in (qkv, o, gate_up, down)]
-    if shapes != [
-        (qkv_size, hidden_size), (hidden_size, q_size), (2 * intermediate_size, hidden_size),
-        (hidden_size, intermediate_size),
-    ]:  # fmt: skip
-        raise Refused(f"weights of shapes {shapes}")
-
-    project_qkv, project_o, project_down = (
-        bind_projection(module, dtype, device) for module in (attention.qkv_proj, attention.o_proj, mlp.down_proj)
+    qkv, o = attention.qkv_proj.weight, attention.o_proj.weight
+    if (tuple(qkv.shape), tuple(o.shape)) != ((qkv_size, hidden_size), (hidden_size, q_size)):
+        raise Refused(f"weights of shapes {tuple(qkv.shape)} and {tuple(o.shape)}")
+    project_qkv, project_o = (
+        bind_projection(module, dtype, device) for module in (attention.qkv_proj, attention.o_proj)
     )
-    project_gate_up = bind_projection(mlp.gate_up_proj, dtype, device, gated=True)
+    block = feed_forward.bind_block(layer.mlp, hidden_states)
     empty, itemsize = allocator(device, dtype), dtype.itemsize
 
     angles = _cache_of(rotary, hidden_states, own_dtype=rotary.use_flashinfer)
-    known = [*parameters_of(layer), (rotary._buffers, "cos_sin_cache", angles)]
     norms = layer.input_layernorm, layer.post_attention_layernorm
+    known = [(rotary._buffers, "cos_sin_cache", angles), *parameters_of(attention), *block.known]
+    known += [*parameters_of(norms[0]), *parameters_of(norms[1])]
     input_weight, post_weight = (norm.weight for norm in norms)
     settled = [(dtype, norm.weight.dtype, hidden_size, norm.variance_epsilon) for norm in norms]
     alone = bind_norm_rows(*settled[0], False, False, device)
@@ -195,9 +186,8 @@ def _bind(layer: Any, hidden_states: Any) -> Callable[..., Any]:
         if attention.k_norm.variance_epsilon != epsilon or q_weight.dtype is not dtype or k_weight.dtype is not dtype:
             raise Refused("q_norm and k_norm differ, or their weights are not of the hidden states' dtype")
 
-    read = (
-        qkv, o, gate_up, down, qkv_bias, o_bias, gate_up_bias, down_bias, q_weight, k_weight, input_weight, post_weight,
-    )  # fmt: skip
+    biases = attention.qkv_proj.bias, attention.o_proj.bias
+    read = qkv, biases[0], o, biases[1], q_weight, k_weight, input_weight, post_weight, *block.read
     plainly = torch._C.DisableTorchFunctionSubclass
 
     cache: _Cache | None = None
@@ -207,6 +197,8 @@ def _bind(layer: Any, hidden_states: Any) -> Callable[..., Any]:
 
     def settle_cache(kv_cache: Any) -> None:
         nonlocal cache, write, attend, run
+        if cache is not None and cache.tensor is kv_cache:
+            return
         found = _settle_cache(kv_cache, layout, head_size, hidden_states)
         rotation = rotary.rotary_dim, rotary.is_neox_style
         spec = Attention(heads, kv_heads, head_size, *rotation, found.block_size, qk_norm)
@@ -221,14 +213,11 @@ def _bind(layer: Any, hidden_states: Any) -> Callable[..., Any]:
         positions_at: int, slot_mapping_at: int, block_table_at: int, seq_lens_at: int,
     ) -> None:  # fmt: skip
         (
-            qkv_at, o_at, gate_up_at, down_at, qkv_bias_at, o_bias_at, gate_up_bias_at, down_bias_at,
-            q_weight_at, k_weight_at, input_weight_at, post_weight_at,
+            qkv_at, qkv_bias_at, o_at, o_bias_at, q_weight_at, k_weight_at, input_weight_at, post_weight_at, *block_at,
         ) = read_at  # fmt: skip
         kept: Any = cache
         key_at, value_at = cache_at + kept.key_offset, cache_at + kept.value_offset
-        x_at, qkv_out_at, attended_at, active_at = (
-            memory(rows * width * itemsize) for width in (hidden_size, qkv_size, q_size, intermediate_size)
-        )
+        x_at, qkv_out_at, attended_at = (memory(rows * width * itemsize) for width in (hidden_size, qkv_size, q_size))
         if is_first:
             alone(residual_at, 0, input_weight_at, x_at, 0, rows)
         else:
@@ -245,8 +234,7 @@ def _bind(layer: Any, hidden_states: Any) -> Callable[..., Any]:
         )  # fmt: skip
         project_o(attended_at, o_at, o_bias_at, x_at, *more)
         second(x_at, residual_at, post_weight_at, x_at, residual_at, rows)
-        project_gate_up(x_at, gate_up_at, gate_up_bias_at, active_at, *more)
-        project_down(active_at, down_at, down_bias_at, out_at, *more)
+        block.launches(memory, rows, tuple(block_at), x_at, out_at)
 
     def call(step: Step, kv_cache: Any, hidden_states: Any, residual: Any) -> Any:
         rows = step.num_requests
@@ -279,7 +267,7 @@ def _bind(layer: Any, hidden_states: Any) -> Callable[..., Any]:
         )  # fmt: skip
         return out, residual
 
-    return call
+    return call, settle_cache
 
 
 def _decoder_layer(original: Any, site: Any) -> Any:
@@ -289,9 +277,9 @@ def _decoder_layer(original: Any, site: Any) -> Any:
 
     def settle(layer: Any, positions: Any, hidden_states: Any, residual: Any) -> Callable[..., Any]:
         """The layer's own call(positions, hidden_states, residual)."""
-        call = _bind(layer, hidden_states)
+        call, prepare = _bind(layer, hidden_states)
         attn = layer.self_attn.attn
-        name, now, hits = attn.layer_name, steps.follow(layer, attn), site.by_layer
+        name, now, hits = attn.layer_name, steps.follow(layer, attn, prepare), site.by_layer
 
         def run(positions: Any, hidden_states: Any, residual: Any) -> Any:
             step, kv_cache = now(positions)
@@ -304,13 +292,24 @@ def _decoder_layer(original: Any, site: Any) -> Any:
     return module_forward(original, site, settle)
 
 
-PATCHES = tuple(
+_KERNELS = ("linear", "silu_gated_linear", "rope_and_cache", "qk_norm_rope_and_cache", "decode_attention")
+PATCHES = (
+    *(
+        Patch(
+            f"decoder.{name}",
+            f"layer.{name}_decoder_layer",
+            _KERNELS,
+            _decoder_layer,
+            "a decode step of a layer in eight direct launches, settled per layer",
+        )
+        for name in ("qwen2", "qwen3", "llama")
+    ),
     Patch(
-        f"decoder.{name}",
-        f"layer.{name}_decoder_layer",
-        ("linear", "silu_gated_linear", "rope_and_cache", "qk_norm_rope_and_cache", "decode_attention"),
+        "decoder.qwen3_moe",
+        "layer.qwen3_moe_decoder_layer",
+        (*_KERNELS, "grouped_topk", "moe_experts"),
         _decoder_layer,
-        "a decode step of a layer in eight direct launches, settled per layer",
-    )
-    for name in ("qwen2", "qwen3", "llama")
-)  # fmt: skip
+        "a decode step of a layer, experts and all, in one recording",
+        default=False,
+    ),
+)
