@@ -23,7 +23,7 @@ import torch
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
 from benchmarks import measure
-from vllm_gems import apply_gems_patches_to_vllm, launch, remove_gems_patches_from_vllm, report
+from vllm_gems import apply_gems_patches_to_vllm, faster, launch, remove_gems_patches_from_vllm, report
 from vllm_gems.catalog import catalog
 from vllm_gems.kernels import activation, rms_norm, rotary_embedding
 from vllm_gems.nouns import Case, Kernel
@@ -327,7 +327,7 @@ def run_host(ops: str, quick: bool) -> tuple[list[dict[str, Any]], dict[str, int
     calls = {f"{path.op}/{path.path}/{side}": call for path in paths for side, call in path.calls.items()}
     patched = {name for name in calls if name.endswith("/layer/ours")}
     try:
-        with torch.inference_mode():
+        with torch.inference_mode(), faster.undecided():
             compare_layers(paths, patches)
             times = measure.host_us(
                 # Those with the patches last, so that a round switches only twice.

@@ -6,64 +6,19 @@ import datetime
 import importlib.metadata
 import json
 import pathlib
-import statistics
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from vllm_gems.tuned import gpu_slug
-from vllm_gems.tuning.timing import gpu_us
+from vllm_gems.tuning.timing import gpu_us, host_us, input_sets
 
 ROOT = pathlib.Path(__file__).resolve().parent
 RESULTS = ROOT / "results"
-
-# Two and a half times the L2 cache of an H100, and the most input sets that are made to reach it.
-_COLD_BYTES = 128 << 20
-_MOST_SETS = 32
-_WARM_SETS = 8
-
-
-def input_sets(make: Callable[[], dict[str, Any]], nbytes: int) -> list[dict[str, Any]]:
-    """Independent arguments of `nbytes` each, to call with in turn.
-
-    Large ones are as many as the L2 cache cannot hold, so that every call reads from memory; small ones are few and all
-    stay in the cache, as they do in serving. Between the two lies nothing: a cache half hit would judge its own policy.
-    """
-    cold = max(2, -(-_COLD_BYTES // max(nbytes, 1)))
-    return [make() for _ in range(cold if cold <= _MOST_SETS else _WARM_SETS)]
-
-
-def host_us(
-    calls: Mapping[str, Callable[[], Any]],
-    *,
-    rounds: int = 5,
-    bursts: int = 9,
-    burst: int = 50,
-    before: Callable[[str], Any] = lambda name: None,
-    pause: Callable[[], Any] = lambda: None,
-) -> dict[str, float]:
-    """Median microseconds of host time per call, for several calls measured turn by turn in one run.
-
-    Bursts are short, and the GPU is drained (`pause`) before each, so that a full launch queue never makes the host
-    wait; that is what a call costs when the host is the bottleneck. before(name) prepares a call's turn, untimed.
-    """
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(rounds):
-        for name, call in calls.items():
-            before(name)
-            for _ in range(burst):
-                call()
-            for _ in range(bursts):
-                pause()
-                begin = time.perf_counter()
-                for _ in range(burst):
-                    call()
-                times[name].append((time.perf_counter() - begin) * 1e6 / burst)
-    return {name: statistics.median(samples) for name, samples in times.items()}
+__all__ = ["copy_bandwidth", "gpu_name", "gpu_us", "host_us", "input_sets", "record", "told"]
 
 
 def copy_bandwidth(nbytes: int = 512 << 20) -> dict[str, float]:

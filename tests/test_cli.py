@@ -88,8 +88,13 @@ def test_without_vllm(capsys: pytest.CaptureFixture[str]) -> None:
 
 @needs_vllm
 def test_report_and_explain_here() -> None:
-    (code, printed), (explained, text) = commands(["report", "--json"], ["explain", "layernorm.rms_norm"])
+    (code, printed), (explained, text), (_, measured) = commands(
+        ["report", "--json"], ["explain", "layernorm.rms_norm"],
+        ["explain", "layernorm.rms_norm", "--json", "--gpu", "NVIDIA Made Up"],
+    )  # fmt: skip
     assert code == explained == cli.OK
+    assert json.loads(measured)["measured"] == {"gpu": "NVIDIA Made Up", "rows": [], "borrowed": {}, "stale": {}}
+    assert "\nmeasured " in text
     rows = {row["patch"]: row for row in json.loads(printed)["rows"]}
     assert rows["layernorm.rms_norm"]["state"] == "bound"
     assert rows["rotary.rotary_embedding"]["state"] == "bound"

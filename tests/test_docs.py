@@ -22,6 +22,12 @@ def test_the_reports_speedups_are_those_of_the_records() -> None:
         assert (tables.MEASURED / f"{gpu}.json").read_text() == tables.speedups(gpu)
 
 
+def test_what_decides_between_us_and_vllm_is_that_of_the_records() -> None:
+    for gpu in tables.gpus():
+        shipped = {path.stem: path.read_text() for path in (tables.TUNED / gpu).glob("*.*.json")}
+        assert shipped == tables.decisions(gpu), "run python tools/tables.py"
+
+
 def test_files_named_in_the_documents_exist() -> None:
     for document in tables.DOCUMENTS:
         text = document.read_text()

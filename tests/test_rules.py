@@ -53,6 +53,7 @@ ALLOWED = {
     "launch": {".interpreter", ".policy", ".errors"},
     "scratch": {".launch"},
     "tuned": {".policy"},
+    "faster": {".errors", ".tuned"},
     "tuning": {".kernels", ".launch", ".tuned"},
     "kernels": {".errors", ".launch", ".nouns", ".scratch", ".tuned"},
     "sites": {".errors"},
@@ -60,8 +61,8 @@ ALLOWED = {
     "replay": {".launch", ".scratch"},
     "aten": {".errors", ".kernels", ".launch"},
     "patches": {
-        ".aten", ".cublaslt", ".errors", ".kernels", ".launch", ".nouns", ".probes", ".replay", ".seams", ".sites",
-        ".tuned",
+        ".aten", ".cublaslt", ".errors", ".faster", ".kernels", ".launch", ".nouns", ".probes", ".replay", ".seams",
+        ".sites", ".tuned",
     },
     "binders": {".probes", ".nouns", ".sites", ".worlds"},
     "ops": {".errors", ".nouns"},

@@ -1,8 +1,9 @@
-"""The documents' tables of measured results and the report's speed-ups, made from the records under benchmarks/results.
+"""The documents' tables of measured results, the report's speed-ups and what decides between us and vLLM, from records.
 
-`python tools/tables.py` rewrites what stands between `<!-- table:NAME -->` and `<!-- end -->` in the documents, and
-`vllm_gems/measured/<gpu>.json`; with `--check` it exits with 1 if that would change something. A number that no record
-has cannot get in this way.
+`python tools/tables.py` reads those under benchmarks/results and rewrites what stands between `<!-- table:NAME -->` and
+`<!-- end -->` in the documents, `vllm_gems/measured/<gpu>.json`, and of each patch in a record `patches`
+`vllm_gems/tuned/<gpu>/<patch>.json`; with `--check` it exits with 1 if that would change something. A number that no
+record has cannot get in this way.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import statistics
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+from vllm_gems import faster
 from vllm_gems.catalog import catalog
 from vllm_gems.tuned import gpu_slug
 
@@ -23,6 +25,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
 MEASURED = ROOT / "vllm_gems" / "measured"
+TUNED = ROOT / "vllm_gems" / "tuned"
 
 Record = dict[str, Any]
 
@@ -273,6 +276,22 @@ def pretune(record: Record) -> str:
     return markdown(head, rows)
 
 
+def patches(record: Record) -> str:
+    """Our time over vLLM's own in both modes, over shapes and numbers of tokens, and where vLLM's own runs."""
+    rows = []
+    for (patch,), group in by(record["rows"], "patch").items():
+        points = [(int(tokens), faster.Times(*each)) for row in group for tokens, each in row["times"].items()]
+        cells = [f"`{patch}`", str(len(group)), str(len(points))]
+        for mode in (faster.EAGER, faster.GRAPH):
+            ratios = [times.ratio(mode) for _, times in points]
+            own = sum(times.slower(tokens, mode) is not None for tokens, times in points)
+            cells += [f"{geometric_mean(ratios):.2f}", f"{max(ratios):.2f}", str(own)]
+        rows.append(cells)
+    modes, told = (faster.EAGER, faster.GRAPH), ("geometric mean", "worst", "left to vLLM")
+    head = [f"{mode}, {what}" for mode in modes for what in told]
+    return markdown(("patch", "shapes", "points", *head), rows)
+
+
 TABLES: dict[str, Callable[[Record], str]] = {
     "kernels_gpu": kernels_gpu,
     "host_per_call": host_per_call,
@@ -289,6 +308,7 @@ TABLES: dict[str, Callable[[Record], str]] = {
     "aten": default_overrides,
     "model_accuracy": model_accuracy,
     "pretune": pretune,
+    "patches": patches,
     "linear": linear,
     "mla_decode": mla_decode,
     "moe_experts": moe_experts,
@@ -347,6 +367,26 @@ def speedups(gpu: str) -> str:
     return json.dumps({"speedup": found}, indent=1) + "\n"
 
 
+def decisions(gpu: str) -> dict[str, str]:
+    """Of each patch that was measured against vLLM on this GPU: what `vllm_gems/tuned/<gpu>/<patch>.json` holds.
+
+    Raises ValueError for shapes of one patch that were measured with different kernels.
+    """
+    path = RESULTS / gpu / "patches.json"
+    if not path.is_file():
+        return {}
+    record = json.loads(path.read_text())
+    found = {}
+    for (patch,), group in by(record["rows"], "patch").items():
+        sources = {row["source"] for row in group}
+        if len(sources) > 1:
+            raise ValueError(f"{path}: {patch} was measured with several kernels")
+        configurations = ",\n  ".join(f"{json.dumps(row['case']['key'])}: {json.dumps(row['times'])}" for row in group)
+        head = json.dumps({"gpu": record["gpu"], "versions": record["modules"], "source": sources.pop()}, indent=1)
+        found[patch] = f'{head[:-2]},\n "configurations": {{\n  {configurations}\n }}\n}}\n'
+    return found
+
+
 # The layers that benchmarks/kernels.py times; others share kernels with them, but not vLLM's side.
 _MEASURED_SEAMS = {
     "layer.rms_norm", "layer.rotary_embedding", "layer.silu_and_mul",
@@ -361,10 +401,11 @@ def main() -> int:
     wanted = {document: updated(document.read_text()) for document in DOCUMENTS}
     for gpu in gpus():
         wanted[MEASURED / f"{gpu}.json"] = speedups(gpu)
+        wanted |= {TUNED / gpu / f"{patch}.json": text for patch, text in decisions(gpu).items()}
     stale = [path for path, text in wanted.items() if not path.exists() or path.read_text() != text]
     if not args.check:
         for path in stale:
-            path.parent.mkdir(exist_ok=True)
+            path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(wanted[path])
     return int(args.check and bool(stale))
 

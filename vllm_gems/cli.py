@@ -1,6 +1,6 @@
 """`vllm-gems`: what is patched, why not, and what this machine is.
 
-Exit codes: 0 all is well; 1 `check` or `pretune` found a problem; 2 wrong usage, an unknown name; 3 no vLLM.
+Exit codes: 0 all is well; 1 `check`, `pretune` or `bench` found a problem; 2 wrong usage, an unknown name; 3 no vLLM.
 """
 
 from __future__ import annotations
@@ -61,6 +61,7 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("path", nargs="?", help=path)
     explain = verb("explain", _explain, "where a patch goes, what it gains, and its state here")
     explain.add_argument("patch")
+    explain.add_argument("--gpu", help="whose measurements to print, by its full name; default: this machine's")
     pretune = verb("pretune", _pretune, "measure kernels' configurations for a model's shapes here, and keep the best")
     dtypes = "default: %(default)s, which float16 takes too where it has no results of its own"
     models = "llama, qwen, deepseek, a folder with config.json, or a model's name"
@@ -71,6 +72,13 @@ def _parser() -> argparse.ArgumentParser:
     pretune.add_argument("--tp", type=int, default=1, help="ranks of tensor parallelism")
     pretune.add_argument("--ops", help=f"comma-separated, of {', '.join(OPS)}; default: all")
     pretune.add_argument("--dry-run", action="store_true", help="say what would be measured, and touch no GPU")
+    bench = verb("bench", _bench, "measure patches against vLLM's own code here; where that is faster, it will run")
+    bench.add_argument("--model", default="llama,qwen,deepseek", help=f"{models}; with commas; default: %(default)s")
+    bench.add_argument("--patches", help="names or globs, comma-separated; default: those that the models come to")
+    bench.add_argument("--dtype", choices=("bfloat16", "float16"), default="bfloat16", help=dtypes)
+    bench.add_argument("--max-tokens", type=int, default=8192, help="of one step")
+    bench.add_argument("--tp", type=int, default=1, help="ranks of tensor parallelism")
+    bench.add_argument("--dry-run", action="store_true", help="say what would be measured, and touch no GPU")
     verb("env", _env, "versions, devices and the variables that this program reads")
     return parser
 
@@ -167,6 +175,7 @@ def _explain(args: argparse.Namespace) -> int:
         told["here"] = {"state": str(row.state), "where": row.where, "why": row.why, "replaced": row.replaced}
     except _NoVllmError as error:
         told["here"] = {"state": "no vLLM", "where": "", "why": str(error), "replaced": ""}
+    told["measured"] = measured = _measured(patch, args.gpu)
     if args.json:
         print(json.dumps(told, indent=1))
         return OK
@@ -183,7 +192,51 @@ def _explain(args: argparse.Namespace) -> int:
     print(f"here     {here['state']}  {here['where']}{'  ' + here['why'] if here['why'] else ''}")
     if here["replaced"]:
         print(f"replaced {here['replaced']}")
+    print("\n".join(_lines(measured)))
     return OK
+
+
+def _measured(patch: Any, gpu: str | None) -> dict[str, Any]:
+    """What `vllm-gems bench` found on the GPU of this name, or on this machine's."""
+    from . import faster
+    from .catalog import catalog
+
+    torch = importlib.import_module("torch")
+    if gpu is None and torch.cuda.is_available():
+        gpu = torch.cuda.get_device_name()
+    if gpu is None or not patch.kernels:
+        return {"gpu": gpu or "", "rows": [], "borrowed": {}, "stale": {}}
+    return faster.told(patch.name, gpu, catalog().kernels[patch.kernels[0]].op.__module__)
+
+
+def _lines(measured: dict[str, Any]) -> list[str]:
+    """`_measured` for people."""
+    from .faster import text
+
+    where = f" on {measured['gpu']}" if measured["gpu"] else ": there is no GPU here, and --gpu names none"
+    notes = [f"; {count} shapes shipped, with {others}" for others, count in measured["borrowed"].items()]
+    notes += [f"; {len(keys)} not used, {reason}" for reason, keys in measured["stale"].items()]
+    what = "against vLLM" if measured["rows"] else "nothing against vLLM"
+    return [f"measured {what}{where}{''.join(notes)}", *text(measured["rows"])]
+
+
+def _bench(args: argparse.Namespace) -> int:
+    try:
+        from .bench.run import bench
+
+        told = bench(
+            [name.strip() for name in args.model.split(",")], patches=args.patches, dtype=args.dtype, tp=args.tp,
+            max_tokens=args.max_tokens, dry_run=args.dry_run,
+            tell=lambda line: None if args.json else print(line, flush=True),
+        )  # fmt: skip
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return USAGE
+    except ImportError as error:
+        raise _NoVllmError(error) from error
+    if args.json:
+        print(json.dumps(told, indent=1))
+    return PROBLEM if any("failed" in table for table in told["tables"]) else OK
 
 
 def _env(args: argparse.Namespace) -> int:

@@ -15,6 +15,10 @@ class Unsettled(Refused):
     """What was settled for a layer no longer holds; the original does this call, and the next one settles anew."""
 
 
+class Slower(Refused):
+    """The original was measured to be faster at this; what is settled for a layer stays so."""
+
+
 class DriftError(GemsError):
     """A place in vLLM is not what we know how to replace."""
 

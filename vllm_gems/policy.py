@@ -18,7 +18,10 @@ VARIABLES: dict[str, tuple[str, str]] = {
     "VLLM_GEMS_STRICT": ("0", "1 turns a refused or failing patch into an error instead of a fallback"),
     "VLLM_GEMS_VERBOSE": ("0", "1 prints the report when vLLM has loaded the plugin and when a process ends"),
     "VLLM_GEMS_REPORT": ("", "a folder into which every process writes its report as JSON when it ends"),
-    "VLLM_GEMS_TUNED": ("", "the folder of `vllm-gems pretune`'s results, else one in the user's cache folder"),
+    "VLLM_GEMS_TUNED": (
+        "",
+        "the folder of what `vllm-gems pretune` and `bench` measured, else one in the user's cache folder",
+    ),
 }
 
 _FALSE = ("", "0", "false", "no", "off")

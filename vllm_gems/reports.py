@@ -25,9 +25,10 @@ class Report:
     JSON keys are stable: "vllm_gems", "vllm", "torch", "triton", "device", "pid" (a list when merged), "rank", "mode",
     "rows", each row with the fields of `nouns.Row`, and "tuned": by kernel, how many measured configurations were
     "found", how many of these are "borrowed" (shipped, and measured with other versions or on another GPU of the kind),
-    which keys were "missing", and those of what was "stale", by reason; and "compiled": how many kernels were made
-    ready to launch ("number"), in how many "seconds", "last" at which time, and how often each that was "late", when
-    vLLM had warmed up and its JIT monitor watched.
+    which keys were "missing", and those of what was "stale", by reason (under a patch's name the same of what it was
+    measured to be against vLLM); and "compiled": how many kernels were made ready to launch ("number"), in how many
+    "seconds", "last" at which time, and how often each that was "late", when vLLM had warmed up and its JIT monitor
+    watched.
     """
 
     rows: tuple[Row, ...]
@@ -118,7 +119,7 @@ class Report:
         for row in rows:
             speedup = "" if row.speedup is None else f"{row.speedup:.1f}x"
             cells.append((row.patch, str(row.state), row.where, str(row.hits), speedup, _remarks(row)))
-        ends = [*map(_configurations, self.tuned.items()), *_late(self.compiled)]
+        ends = [*map(_measured, self.tuned.items()), *_late(self.compiled)]
         return "\n".join([self._head(), *_columns(cells, right={3, 4}), *ends])
 
     def _head(self) -> str:
@@ -214,13 +215,16 @@ def _added(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:
     return total
 
 
-def _configurations(state: tuple[str, Mapping[str, Any]]) -> str:
-    """One line on the measured configurations of a kernel."""
-    kernel, known = state
-    parts = [f"{kernel}: {known['found']} measured configurations"]
+def _measured(state: tuple[str, Mapping[str, Any]]) -> str:
+    """One line on the measured configurations of a kernel, or on what a patch was measured to be against vLLM."""
+    name, known = state
+    is_patch, missing = "." in name, known["missing"]
+    parts = [f"{name}: {known['found']} {'shapes measured against vLLM' if is_patch else 'measured configurations'}"]
     parts += [f"{count} of them shipped, measured with {others}" for others, count in known["borrowed"].items()]
-    if known["missing"]:
-        parts.append(f"none for {_some(known['missing'])}, which take what was best for others, or the default")
+    if missing and is_patch:
+        parts.append(f"{len(missing)} others not, where ours runs: {_some(missing)}")
+    elif missing:
+        parts.append(f"none for {_some(missing)}, which take what was best for others, or the default")
     parts += [f"{len(keys)} not used, {reason}: {_some(keys)}" for reason, keys in known["stale"].items()]
     return "; ".join(parts)
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from .nouns import Place, Seam
@@ -449,6 +451,24 @@ def platform() -> str:
     if current.is_cuda_alike():
         return "cuda"
     return str(current.device_type)
+
+
+@contextmanager
+def eager_layers() -> Iterator[None]:
+    """Layers that are made and called here are as they are under `enforce_eager`, with all custom ops. Imports vLLM."""
+    config, mode, platforms = (
+        importlib.import_module(f"vllm.{name}") for name in ("config", "config.compilation", "platforms")
+    )
+    platforms.current_platform.import_kernels()
+    compilation = config.CompilationConfig(mode=mode.CompilationMode.NONE, custom_ops=["all"])
+    found = config.VllmConfig(compilation_config=compilation)
+    # What a worker does when it starts, where there is vLLM IR (0.20 to 0.33).
+    if hasattr(compilation, "ir_enable_torch_wrap"):
+        importlib.import_module("vllm.ir").set_default_torch_wrap(compilation.ir_enable_torch_wrap)
+    if hasattr(found.kernel_config, "ir_op_priority"):
+        found.kernel_config.ir_op_priority.set_default()
+    with config.set_current_vllm_config(found):
+        yield
 
 
 def salt_compile_caches(fingerprint: str, names: tuple[str, ...]) -> Callable[[], None] | None:

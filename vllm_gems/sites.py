@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from .errors import LateCompileError, Refused, Unsettled
+from .errors import LateCompileError, Refused, Slower, Unsettled
 
 logger = logging.getLogger("vllm_gems")
 
@@ -81,7 +81,7 @@ def layer_method(
 
     A CustomOp keeps the method it chose in `_forward_method`. The first call puts the settled call into that slot of
     the instance, and over its `forward` where that only calls the slot, so that later calls go there without another
-    look-up; a call that declines takes it out again.
+    look-up; a call that declines takes it out again, unless the original is only faster at this number of tokens.
     """
 
     @functools.wraps(original)
@@ -244,8 +244,9 @@ def _settle(
             result = call(*args, **kwargs) if kwargs else call(*args)
         except Refused as refusal:
             site.decline(refusal)
-            # The next call may be settled differently, by its own arguments.
-            if getattr(layer.__dict__.get("_forward_method"), "__func__", None) is settled:
+            # The next call may be settled differently, by its own arguments; not if only its number of tokens differs.
+            ours = getattr(layer.__dict__.get("_forward_method"), "__func__", None) is settled
+            if ours and not isinstance(refusal, Slower):
                 reseat(layer, getattr(layer, original.__name__))
             return original(layer, *args, **kwargs)
         except Exception as error:

@@ -1,12 +1,14 @@
 """Measured configurations of kernels: shipped as `tuned/<gpu>/<kernel>.json`, or a user's own, which come first.
 
 A user's are one file for each, so that any number of processes can write at once: `<folder>/<gpu>/<kernel>/<key>.json`.
-They are for the very GPU and the versions of PyTorch and Triton that they were measured with, and are ignored under
-others. Those that are shipped are used under any: measured with another compiler, or on another model of this GPU, they
-are still a better guess than none. No configuration outlives a change of its kernel's source. `states` says what was
-found, what of it is such a guess, and what was not used and why.
+They are for the very GPU and the versions of PyTorch and Triton that they were measured with (and of what else they
+name), and are ignored under others. Those that are shipped are used under any: measured with another compiler, or on
+another model of this GPU, they are still a better guess than none. No configuration outlives a change of its kernel's
+source. `states` says what was found, what of it is such a guess, and what was not used and why.
 
 A key is a kernel's own: the dtype first, where it matters, and the class of shapes.
+
+What patches were measured to be against vLLM's own code (`faster`) is kept in the same way, under a patch's name.
 """
 
 from __future__ import annotations
@@ -56,6 +58,20 @@ def versions() -> dict[str, str]:
     return {name: str(importlib.import_module(name).__version__) for name in ("torch", "triton")}
 
 
+@functools.cache
+def _version(name: str) -> str:
+    try:
+        return str(importlib.import_module(name).__version__)
+    except ImportError:
+        return ""
+
+
+def version(name: str) -> str:
+    """Of a module that something was measured with, "" if there is none here."""
+    known = versions()
+    return known[name] if name in known else _version(name)
+
+
 # Keys that were asked for in vain and are remembered, for the report; those of attention's products never end.
 MISSING = 1000
 
@@ -82,7 +98,8 @@ class Table:
             if others and shipped.keys() - own.keys():
                 self.borrowed[others] = len(shipped.keys() - own.keys())
         self.configurations.update(own)
-        self.found = len(self.configurations)
+        self.measured = dict(self.configurations)
+        self.found = len(self.measured)
         # What was measured with bfloat16 is taken for float16: as many bytes, and as fast a product.
         for key, configuration in list(self.configurations.items()):
             if key.startswith("bfloat16 "):
@@ -101,8 +118,7 @@ def _shipped(kernel: str, gpu: str, source: str) -> tuple[dict[str, dict[str, An
     if content["source"] != source:
         return content["configurations"], _ANOTHER_SOURCE
     differs = [] if content["gpu"] == gpu else [content["gpu"]]
-    measured = content["versions"]
-    differs += [f"{name} {measured[name]}" for name, version in versions().items() if measured[name] != version]
+    differs += [f"{name} {found}" for name, found in content["versions"].items() if found != version(name)]
     return content["configurations"], ", ".join(differs)
 
 
@@ -132,8 +148,8 @@ def stale(entry: dict[str, Any], source: str) -> str | None:
         return "not readable"
     if entry["source"] != source:
         return _ANOTHER_SOURCE
-    for name, version in versions().items():
-        if entry["versions"].get(name) != version:
+    for name in {**versions(), **entry["versions"]}:
+        if entry["versions"].get(name) != version(name):
             return f"measured with {name} {entry['versions'].get(name)}"
     return None
 

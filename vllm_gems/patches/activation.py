@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -36,11 +37,10 @@ def _layer(name: str) -> Callable[[Any, Any], Any]:
     def adapt(original: Any, site: Any) -> Any:
         import torch
 
-        from ..kernels.activation import bind_activation
         from ..sites import layer_method
 
         def bind(layer: Any, x: Any) -> Callable[..., Any]:
-            return bind_activation(kernel_of(layer), x.dtype, x.shape[-1], params_of(layer), x.get_device())
+            return _settled(site, kernel_of(layer), x.dtype, x.shape[-1], params_of(layer), x.get_device())
 
         def traced(layer: Any, x: Any) -> Any:
             return getattr(torch.ops.vllm_gems, kernel_of(layer))(x, *params_of(layer))
@@ -50,15 +50,39 @@ def _layer(name: str) -> Callable[[Any, Any], Any]:
     return adapt
 
 
+def _settled(
+    site: Any, kernel: str, dtype: Any, last: int, params: tuple[float, ...], device: int
+) -> Callable[..., Any]:
+    """call(x, out=None) for rows of `last` elements, where it is faster."""
+    from ..faster import key_of, where_faster
+    from ..kernels.activation import bind_activation
+
+    call = bind_activation(kernel, dtype, last, params, device)
+    key = key_of(dtype, kernel, last)
+    return where_faster(site.name, key, device, call, lambda x, *out: x.numel() // last)
+
+
 def _op(name: str) -> Callable[[Any, Any], Any]:
     def adapt(original: Any, site: Any) -> Any:
+        from ..errors import Refused
         from ..kernels import activation
         from ..sites import op_kernel
 
-        activate = next(kernel.op for kernel in activation.KERNELS if kernel.name == name)
+        kernel = next(kernel for kernel in activation.KERNELS if kernel.name == name)
+        # What PyTorch leaves out, when it is the schema's default.
+        parameters = inspect.signature(kernel.op).parameters.values()
+        defaults = tuple(each.default for each in parameters if each.name not in ("x", "out"))
+        settled: dict[Any, Callable[..., Any]] = {}
 
         def call(out: Any, x: Any, *params: float) -> None:
-            activate(x, *params, out=out)
+            if reason := activation.activation_refuses(name, x, out):
+                raise Refused(reason)
+            of = x.dtype, x.shape[-1], (*params, *defaults[len(params) :]), x.get_device()
+            if of not in settled:
+                if inspect.Parameter.empty in of[2]:
+                    raise TypeError(f"{name} has parameters without a default, which were not given")
+                settled[of] = _settled(site, name, *of)
+            settled[of](x, out)
 
         return op_kernel(original, site, call)
 

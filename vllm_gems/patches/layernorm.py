@@ -20,6 +20,15 @@ def _weight_of(layer: Any) -> tuple[dict[str, Any], Any]:
     return parameters, parameters["weight"]
 
 
+def _faster(site: Any, kernel: str, x: Any, call: Callable[..., Any]) -> Callable[..., Any]:
+    """`call` for rows like those of x, where it is faster."""
+    from ..faster import key_of, where_faster
+
+    hidden_size = x.shape[-1]
+    key = key_of(x.dtype, kernel, hidden_size)
+    return where_faster(site.name, key, x.get_device(), call, lambda x, *rest: x.numel() // hidden_size)
+
+
 def _adapt(
     original: Any,
     site: Any,
@@ -32,6 +41,8 @@ def _adapt(
     from ..kernels.rms_norm import bind_fused_add_rms_norm, bind_rms_norm
     from ..sites import layer_method
 
+    kind = "gemma_" if gemma else ""
+
     def bind(layer: Any, x: Any, residual: Any = None) -> Callable[..., Any]:
         parameters, weight = _weight_of(layer)
         dtype, device = x.dtype, x.get_device()
@@ -41,8 +52,8 @@ def _adapt(
         settled = dtype, weight_dtype, x.shape[-1], layer.variance_epsilon, variance_size_of(layer), gemma
         if weight is not None and weight.shape != x.shape[-1:]:
             raise Refused(f"x has {x.shape[-1]} elements a row, the weight {tuple(weight.shape)}")
-        alone = bind_rms_norm(*settled, device)
-        fused = bind_fused_add_rms_norm(*settled, in_place, device)
+        alone = _faster(site, f"{kind}rms_norm", x, bind_rms_norm(*settled, device))
+        fused = _faster(site, f"{kind}fused_add_rms_norm", x, bind_fused_add_rms_norm(*settled, in_place, device))
 
         def call(x: Any, residual: Any = None) -> Any:
             weight = parameters["weight"]
@@ -83,20 +94,40 @@ def _gemma_rms_norm(original: Any, site: Any) -> Any:
 
 
 def _rms_norm_op(original: Any, site: Any) -> Any:
-    from ..kernels.rms_norm import rms_norm
+    from ..errors import Refused
+    from ..kernels.rms_norm import bind_rms_norm, rms_norm_refuses
     from ..sites import op_kernel
 
+    settled: dict[Any, Callable[..., Any]] = {}
+
     def call(out: Any, x: Any, weight: Any, epsilon: float) -> None:
-        rms_norm(x, weight, epsilon, out=out)
+        if reason := rms_norm_refuses(x, weight, epsilon, None, out):
+            raise Refused(reason)
+        of = x.dtype, None if weight is None else weight.dtype, x.shape[-1], epsilon, None, False, x.get_device()
+        if of not in settled:
+            settled[of] = _faster(site, "rms_norm", x, bind_rms_norm(*of))
+        settled[of](x, weight, out)
 
     return op_kernel(original, site, call)
 
 
 def _fused_add_rms_norm_op(original: Any, site: Any) -> Any:
-    from ..kernels.rms_norm import fused_add_rms_norm
+    from ..errors import Refused
+    from ..kernels.rms_norm import bind_fused_add_rms_norm, fused_add_rms_norm_refuses
     from ..sites import op_kernel
 
-    return op_kernel(original, site, fused_add_rms_norm)
+    settled: dict[Any, Callable[..., Any]] = {}
+
+    def call(x: Any, residual: Any, weight: Any, epsilon: float) -> None:
+        if reason := fused_add_rms_norm_refuses(x, residual, weight, epsilon):
+            raise Refused(reason)
+        dtype = None if weight is None else weight.dtype
+        of = x.dtype, dtype, x.shape[-1], epsilon, None, False, True, x.get_device()
+        if of not in settled:
+            settled[of] = _faster(site, "fused_add_rms_norm", x, bind_fused_add_rms_norm(*of))
+        settled[of](x, residual, weight)
+
+    return op_kernel(original, site, call)
 
 
 def _rms_norm_ir(op: Any, site: Any) -> Any:

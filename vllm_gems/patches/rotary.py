@@ -24,13 +24,32 @@ def _cache_of(layer: Any, query: Any, own_dtype: bool) -> Any:
     return cache
 
 
-def _settled(layer: Any, query: Any, own_dtype: bool, *sections: Any) -> Callable[..., Any]:
-    """call(positions, query, key) for this layer, in place."""
+def _faster(
+    site: Any, kernel: str, query: Any, key: Any, tokens: int, rotation: Any, call: Callable[..., Any]
+) -> Callable[..., Any]:
+    """`call` for heads like those of query and key, which are of `tokens` tokens now, where it is faster."""
+    from ..faster import key_of, where_faster
+
+    of_a_head = tokens * rotation.head_size or 1
+    heads = query.numel() // of_a_head, 0 if key is None else key.numel() // of_a_head
+    pairs = "neox" if rotation.is_neox else "pairs"
+    named = key_of(query.dtype, kernel, *heads, rotation.head_size, rotation.rotary_dim, pairs)
+    axes = 3 if rotation.mrope_section else 1
+    device = query.get_device()
+    return where_faster(site.name, named, device, call, lambda positions, *rest: positions.numel() // axes)
+
+
+def _settled(
+    site: Any, layer: Any, tokens: int, query: Any, key: Any, own_dtype: bool, *sections: Any
+) -> Callable[..., Any]:
+    """call(positions, query, key) for this layer, in place; query and key are of `tokens` tokens now."""
     from ..kernels.rotary_embedding import Rotation, bind_rotary_embedding
 
     cache_dtype = _cache_of(layer, query, own_dtype).dtype
     rotation = Rotation(layer.head_size, layer.rotary_dim, layer.is_neox_style, 0, False, *sections)
     turn = bind_rotary_embedding(rotation, query.dtype, cache_dtype, query.get_device())
+    kernel = "mrotary_embedding" if sections else "rotary_embedding"
+    turn = _faster(site, kernel, query, key, tokens, rotation, turn)
     buffers = layer._buffers
 
     def call(positions: Any, query: Any, key: Any = None) -> Any:
@@ -44,7 +63,7 @@ def _rotary_embedding(original: Any, site: Any) -> Any:
     import torch
 
     def bind(layer: Any, positions: Any, query: Any, key: Any = None) -> Callable[..., Any]:
-        return _settled(layer, query, own_dtype=layer.use_flashinfer)
+        return _settled(site, layer, positions.numel(), query, key, layer.use_flashinfer)
 
     def traced(layer: Any, positions: Any, query: Any, key: Any = None) -> Any:
         cache = layer.cos_sin_cache if layer.use_flashinfer else layer._match_cos_sin_cache_dtype(query)
@@ -61,7 +80,7 @@ def _deepseek_scaling(original: Any, site: Any) -> Any:
 
     # Neither vLLM's FlashInfer path nor its plain one converts this layer's cosines and sines.
     def bind(layer: Any, positions: Any, query: Any, key: Any = None, offsets: Any = None) -> Callable[..., Any]:
-        turn = _settled(layer, query, own_dtype=True)
+        turn = _settled(site, layer, positions.numel(), query, key, True)
 
         def call(positions: Any, query: Any, key: Any = None, offsets: Any = None) -> Any:
             if offsets is not None:
@@ -86,10 +105,11 @@ def _mrope(original: Any, site: Any) -> Any:
     from ..errors import Refused
 
     def bind(layer: Any, positions: Any, query: Any, key: Any = None, offsets: Any = None) -> Callable[..., Any]:
-        plain = _settled(layer, query, False)
+        shared = site, layer, positions.shape[-1], query, key, False
+        plain = _settled(*shared)
         section = tuple(layer.mrope_section or ())
         # vLLM's kernel for sections turns NeoX pairs only.
-        sections = _settled(layer, query, False, section, layer.mrope_interleaved) if section else None
+        sections = _settled(*shared, section, layer.mrope_interleaved) if section else None
 
         def call(positions: Any, query: Any, key: Any = None, offsets: Any = None) -> Any:
             if offsets is not None:
@@ -118,10 +138,29 @@ def _mrope(original: Any, site: Any) -> Any:
 
 
 def _rotary_embedding_op(original: Any, site: Any) -> Any:
-    from ..kernels.rotary_embedding import rotary_embedding
+    from ..errors import Refused
+    from ..kernels.rotary_embedding import Rotation, bind_rotary_embedding, rotary_embedding_refuses
     from ..sites import op_kernel
 
-    return op_kernel(original, site, rotary_embedding)
+    settled: dict[Any, Callable[..., Any]] = {}
+
+    def call(
+        positions: Any, query: Any, key: Any, head_size: int, cache: Any, is_neox: bool,
+        offset: int = 0, inverse: bool = False,
+    ) -> None:  # fmt: skip
+        if reason := rotary_embedding_refuses(positions, query, key, head_size, cache, is_neox, offset, inverse):
+            raise Refused(reason)
+        tokens = positions.numel()
+        widths = (query.numel() // tokens, 0 if key is None else key.numel() // tokens) if tokens else (0, 0)
+        turned = head_size, cache.shape[-1], is_neox, offset, inverse
+        of = query.dtype, cache.dtype, query.get_device(), widths, turned
+        if of not in settled:
+            rotation = Rotation(*turned)
+            turn = bind_rotary_embedding(rotation, *of[:3])
+            settled[of] = _faster(site, "rotary_embedding", query, key, tokens, rotation, turn)
+        settled[of](positions, query, key, cache)
+
+    return op_kernel(original, site, call)
 
 
 PATCHES = (

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 from ..nouns import Patch
@@ -9,8 +11,14 @@ from ..nouns import Patch
 
 def _top_k_top_p(original: Any, site: Any) -> Any:
     from ..errors import Refused
+    from ..faster import key_of, where_faster
     from ..kernels.top_p import bind_top_p, top_p
     from ..sites import function
+
+    @functools.cache
+    def settled(dtype: Any, vocab_size: int, device: int) -> Callable[..., None]:
+        key = key_of(dtype, "top_p", vocab_size)
+        return where_faster(site.name, key, device, top_p, lambda logits, p: logits.shape[0])
 
     def call(logits: Any, k: Any, p: Any, has_topp_only_rows: bool = True) -> Any:
         if k is not None:
@@ -19,7 +27,7 @@ def _top_k_top_p(original: Any, site: Any) -> Any:
             raise Refused("a top-k")
         if p is None:
             raise Refused("neither top-k nor top-p")
-        top_p(logits, p)
+        settled(logits.dtype, logits.shape[-1], logits.get_device())(logits, p)
         return logits
 
     return function(original, site, call)

@@ -27,21 +27,25 @@ PRESETS: dict[str, tuple[dict[str, Any], ...]] = {
         {"hidden_size": 3584, "intermediate_size": 18944, "num_attention_heads": 28, "num_key_value_heads": 4,
          "attention_bias": True, "vocab_size": 152064},
         {"hidden_size": 4096, "intermediate_size": 12288, "num_attention_heads": 32, "num_key_value_heads": 8,
-         "head_dim": 128, "vocab_size": 151936},
+         "head_dim": 128, "vocab_size": 151936, "model_type": "qwen3"},
         {"hidden_size": 2048, "intermediate_size": 6144, "num_attention_heads": 32, "num_key_value_heads": 4,
          "head_dim": 128, "vocab_size": 151936, "moe_intermediate_size": 768, "num_experts": 128,
-         "num_experts_per_tok": 8},
+         "num_experts_per_tok": 8, "model_type": "qwen3_moe"},
     ),
     "deepseek": (
         # V2-Lite, V3
         {"hidden_size": 2048, "intermediate_size": 10944, "num_attention_heads": 16, "kv_lora_rank": 512,
          "q_lora_rank": None, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128,
          "vocab_size": 102400, "moe_intermediate_size": 1408, "n_routed_experts": 64, "num_experts_per_tok": 6,
-         "n_shared_experts": 2, "first_k_dense_replace": 1},
+         "n_shared_experts": 2, "first_k_dense_replace": 1,
+         "n_group": 1, "topk_group": 1, "scoring_func": "softmax", "norm_topk_prob": False,
+         "routed_scaling_factor": 1.0},
         {"hidden_size": 7168, "intermediate_size": 18432, "num_attention_heads": 128, "kv_lora_rank": 512,
          "q_lora_rank": 1536, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128,
          "vocab_size": 129280, "moe_intermediate_size": 2048, "n_routed_experts": 256, "num_experts_per_tok": 8,
-         "n_shared_experts": 1, "first_k_dense_replace": 3},
+         "n_shared_experts": 1, "first_k_dense_replace": 3,
+         "n_group": 8, "topk_group": 4, "scoring_func": "sigmoid", "norm_topk_prob": True,
+         "routed_scaling_factor": 2.5, "topk_method": "noaux_tc"},
     ),
 }  # fmt: skip
 
@@ -192,3 +196,62 @@ def mixture(config: Mapping[str, Any], tp: int) -> Experts | None:
     return Experts(
         count, config["num_experts_per_tok"], config["hidden_size"], _shared(width, tp, "moe_intermediate_size")
     )
+
+
+class Heads(NamedTuple):
+    """What a rotary embedding turns."""
+
+    query: int
+    key: int
+    size: int  # elements of a head
+    rotated: int  # of them
+    latent: bool  # DeepSeek's: a part of each query head, and one key for all
+
+
+@_sizes
+def heads(config: Mapping[str, Any], tp: int) -> Heads:
+    """Those of attention on one rank."""
+    mine = _shared(config["num_attention_heads"], tp, "num_attention_heads")
+    if config.get("kv_lora_rank"):
+        size = config["qk_rope_head_dim"]
+        return Heads(mine, 1, size, size, True)
+    size = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    keys = _heads_of_keys(config.get("num_key_value_heads") or config["num_attention_heads"], tp)
+    return Heads(mine, keys, size, int(size * config.get("partial_rotary_factor", 1)), False)
+
+
+@_sizes
+def norms(config: Mapping[str, Any], tp: int) -> list[tuple[int, int]]:
+    """(elements of a row, rows of a token) of the different norms, those of heads among them."""
+    found = [(config["hidden_size"], 1)]
+    found += [(config[name], 1) for name in ("q_lora_rank", "kv_lora_rank") if config.get(name)]
+    if str(config.get("model_type")).startswith("qwen3"):
+        query, _, size, *_ = heads(config, tp)
+        found.append((size, query))
+    return list(dict.fromkeys(found))
+
+
+@_sizes
+def activated(config: Mapping[str, Any], tp: int) -> list[int]:
+    """Elements of a result row of the gated activations, those of experts among them."""
+    found = [*_widths(config)]
+    if _num_experts(config):
+        found.append(config.get("moe_intermediate_size") or config["intermediate_size"])
+    return [_shared(width, tp, "intermediate_size") for width in dict.fromkeys(found)]
+
+
+@_sizes
+def router(config: Mapping[str, Any], tp: int) -> dict[str, Any] | None:
+    """How DeepSeek's gate chooses experts, which is in groups; None if the model has none of that kind."""
+    if not config.get("n_group"):
+        return None
+    return {
+        "experts": _num_experts(config),
+        "topk": config["num_experts_per_tok"],
+        "groups": config["n_group"],
+        "kept": config["topk_group"],
+        "scoring": config.get("scoring_func", "softmax"),
+        "renormalize": config.get("norm_topk_prob", False),
+        "factor": config.get("routed_scaling_factor", 1.0),
+        "bias": config.get("topk_method") == "noaux_tc",
+    }

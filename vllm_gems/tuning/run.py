@@ -53,7 +53,7 @@ def pretune(
     try:
         gpu, arch = worker.run(_gpu)
         for tunable, _ in jobs:
-            _must_be_writable(tunable.kernel, gpu)
+            must_be_writable(tunable.kernel, gpu)
         return _told([row for tunable, every in jobs for row in _measured(tunable, every, gpu, arch, worker)])
     finally:
         worker.close()
@@ -98,7 +98,7 @@ def _gpu() -> tuple[str, int]:
     return torch.cuda.get_device_name(), 10 * major + minor
 
 
-def _must_be_writable(kernel: str, gpu: str) -> None:
+def must_be_writable(kernel: str, gpu: str) -> None:
     """Said before hours are spent."""
     folder = tuned.folder_of(kernel, gpu)
     try:

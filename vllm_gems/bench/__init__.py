@@ -1,0 +1,1 @@
+"""Patches against vLLM's own code: `vllm-gems bench`. Nothing here is imported by a server."""
