@@ -145,10 +145,14 @@ def _cells_of(entry: _Entry) -> list[Any] | None:
 _FLOATS = {"f": "<f", "d": "<d"}
 
 
+def _module() -> Any:
+    """`replay.c`, or None where launches are made one by one."""
+    return launching.in_c("replay") if launching.driver() is not None else None
+
+
 def _program(entries: list[_Entry], slots: int) -> Any:
     """All entries in one, or None if one of them cannot be made natively."""
-    driver = launching.driver()
-    module = launching.in_c("replay") if driver is not None else None
+    driver, module = launching.driver(), _module()
     if driver is None or module is None:
         return None
     cells, launches, patches = array("Q"), bytearray(), bytearray()
@@ -189,7 +193,7 @@ def bind(
     What makes launches in C is compiled now, if it never was. run raises what `launches` raises; then nothing was
     launched.
     """
-    _driver()
+    _module()
     raw_stream = launching.raw_streams(device)
     ready = launching.readiness(device)
     recordings: dict[Any, _Recording] = {}
@@ -206,7 +210,7 @@ def bind(
             )
         program = _program(tape.entries, slots)
         if program is not None:
-            replay = launching.in_c("replay").run
+            replay = _module().run
         while len(recordings) >= most:
             recordings.pop(next(iter(recordings)), None)
         recordings[key] = found = _Recording(tuple(tape.entries), tuple(tape.held), tape.bytes, program)
