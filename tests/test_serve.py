@@ -124,7 +124,7 @@ def test_weights_in_float8_are_as_large_as_those_in_bfloat16() -> None:
     assert len(set(scale.flatten().tolist())) == 4
     weight = layer.weight.float() * scale.repeat_interleave(128, 0)[:200].repeat_interleave(128, 1)
     assert float(weight.std()) == pytest.approx(256**-0.5, rel=0.4)
-    assert float(layer.weight.float().abs().max()) > 256  # half of what it can hold is beyond
+    assert float(layer.weight.float().abs().max()) > 224  # the largest is 448
 
 
 def compared(folder: Path, rows: int, ours: float, far_rows: int, routed: bool) -> dict[str, Any]:
