@@ -60,8 +60,8 @@ ALLOWED = {
     "replay": {".launch", ".scratch"},
     "aten": {".errors", ".kernels", ".launch"},
     "patches": {
-        ".aten", ".cublaslt", ".errors", ".kernels", ".launch", ".nouns", ".probes", ".replay", ".seams", ".sites",
-        ".tuned",
+        ".aten", ".cublaslt", ".errors", ".kernels", ".launch", ".nouns", ".policy", ".probes", ".replay", ".seams",
+        ".sites", ".tuned",
     },
     "binders": {".probes", ".nouns", ".sites", ".worlds"},
     "ops": {".nouns"},

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from ..errors import Refused
-from ..launch import Build, Launch, launcher, pointer
+from ..launch import Build, Launch, launcher
 from ..nouns import Case, Kernel
 from .block_fp8_linear import (
     BLOCK,
@@ -27,6 +27,7 @@ from .block_fp8_linear import (
     block_sums,
     dequantised,
     device_refuses,
+    part_refuses,
     quantise_build,
     quantise_reference,
     quantised,
@@ -40,6 +41,7 @@ from .moe_experts import _never as _never_experts
 _BLOCK = tl.constexpr(BLOCK)
 # Rows of a tile for experts with more pairs than most, where pairs are listed.
 _MANY_ROWS = 32
+_GATED_BYTES = 192 << 10  # of the stages of a program of the first product
 
 
 @triton.jit
@@ -183,18 +185,21 @@ class Tiling(NamedTuple):
 def default_tiling(experts: Experts, num_tokens: int, gated: bool) -> Tiling:
     """Not measured: rows for what nearly every expert gets, since weights are read again for more."""
     each = num_tokens * experts.topk / experts.num_experts
-    rows = min(64, max(16, power_of_two(math.ceil(each + 1.5 * each**0.5))))
+    rows = min(32 if gated else 64, max(16, power_of_two(math.ceil(each + 1.5 * each**0.5))))
     cols, num_warps = (BLOCK, 8) if gated else (BLOCK // 2, 4)
-    return Tiling(rows, cols, num_warps, stages_for(cols, rows, gated))
+    return Tiling(rows, cols, num_warps, _stages(cols, rows, gated))
 
 
-def experts_build(
-    experts: Experts, tiling: Tiling, gated: bool, pairs: int, by_pair: bool
-) -> Build:
+def _stages(cols: int, rows: int, gated: bool) -> int:
+    """A program of the first product is its multiprocessor's only one: its registers leave no other room."""
+    return stages_for(cols, rows, gated, _GATED_BYTES) if gated else stages_for(cols, rows, gated)
+
+
+def experts_build(experts: Experts, tiling: Tiling, gated: bool, pairs: int, by_pair: bool) -> Build:
     """The kernel of either product, whatever dtype tokens had before they were quantised."""
     inside, outside = experts.hidden_size, experts.intermediate_size
     many_rows = tiling.rows if pairs else max(tiling.rows, _MANY_ROWS)
-    many_stages = min(tiling.num_stages, stages_for(tiling.cols, many_rows, gated))
+    many_stages = min(tiling.num_stages, _stages(tiling.cols, many_rows, gated))
     listed = None if pairs else "*i32"
     return Build(
         function=_block_fp8_experts_kernel,
@@ -217,7 +222,7 @@ def experts_build(
         ),
         num_warps=tiling.num_warps,
         num_stages=tiling.num_stages,
-        maxnreg=168 if tiling.num_warps == 4 else 224,  # as for linear layers
+        maxnreg=255 if gated else 168,  # as for linear layers; beside a first product's program there is no other
     )  # fmt: skip
 
 
@@ -244,10 +249,10 @@ def bind_block_fp8_experts(
     run(x_at, gate_up_at, gate_up_scale_at, down_at, down_scale_at, ids_at, weights_at, shared_at, out_at, num_tokens,
     memory)
 
-    takes addresses of contiguous tensors, all but that of x aligned to 16 bytes (0 for shared without one), and launches
-    four or five kernels. memory(nbytes) gives the address of aligned memory for what they leave one another, which the
-    caller keeps until they are done. What they need is compiled now; with `tilings` of both products, which are for
-    those who measure them, at first use. Raises Refused for layers that are not for us.
+    takes addresses of contiguous tensors, all but that of x aligned to 16 bytes (0 for shared without one), and
+    launches four or five kernels. memory(nbytes) gives the address of aligned memory for what they leave one another,
+    which the caller keeps until they are done. What they need is compiled now; with `tilings` of both products, which
+    are for those who measure them, at first use. Raises Refused for layers that are not for us.
     """
     if reason := _never(experts, dtype) or device_refuses(device):
         raise Refused(reason)
@@ -304,6 +309,23 @@ def bind_block_fp8_experts(
     return run
 
 
+def experts_refuse(
+    gate_up: torch.Tensor, gate_up_scale: torch.Tensor, down: torch.Tensor, down_scale: torch.Tensor, device: int
+) -> str | None:
+    """None if weights of three dimensions and their scales are as these kernels read them, else why not."""
+    count, hidden_size, width = down.shape
+    blocks = hidden_size // BLOCK, width // BLOCK
+    for name, tensor, shape, dtype in (
+        ("gate_up", gate_up, (count, 2 * width, hidden_size), FLOAT8),
+        ("gate_up_scale", gate_up_scale, (count, 2 * blocks[1], blocks[0]), torch.float32),
+        ("down", down, (count, hidden_size, width), FLOAT8),
+        ("down_scale", down_scale, (count, *blocks), torch.float32),
+    ):
+        if reason := part_refuses(name, tensor, shape, dtype, device):
+            return reason
+    return None
+
+
 def block_fp8_experts_refuses(
     x: torch.Tensor,
     gate_up: torch.Tensor,
@@ -325,25 +347,19 @@ def block_fp8_experts_refuses(
         return reason
     if num_tokens > MAX_TOKENS:
         return f"x has {num_tokens} tokens, more than {MAX_TOKENS}"
-    width, tokens = experts.intermediate_size, (num_tokens, experts.topk)
+    device, tokens = x.get_device(), (num_tokens, experts.topk)
+    if not x.is_contiguous():
+        return f"x of strides {x.stride()} is not contiguous"
+    if reason := experts_refuse(gate_up, gate_up_scale, down, down_scale, device):
+        return reason
     for name, tensor, shape, dtype in (
-        ("x", x, (num_tokens, hidden_size), x.dtype),
-        ("gate_up", gate_up, (count, 2 * width, hidden_size), FLOAT8),
-        ("gate_up_scale", gate_up_scale, (count, 2 * width // BLOCK, hidden_size // BLOCK), torch.float32),
-        ("down", down, (count, hidden_size, width), FLOAT8),
-        ("down_scale", down_scale, (count, hidden_size // BLOCK, width // BLOCK), torch.float32),
         ("weights", weights, tokens, torch.float32),
         ("ids", ids, tokens, torch.int32),
         ("shared", shared, (num_tokens, hidden_size), x.dtype),
     ):
-        if tensor is None:
-            continue
-        if tensor.shape != shape or tensor.dtype != dtype or tensor.device != x.device or not tensor.is_contiguous():
-            have = f"{tensor.dtype} {tuple(tensor.shape)} of strides {tensor.stride()} on {tensor.device}"
-            return f"{name} is {have}, expected a contiguous {dtype} {shape} on {x.device}"
-        if tensor is not x and tensor.data_ptr() & 15:
-            return f"{name} is not aligned to 16 bytes"
-    return device_refuses(x.get_device())
+        if tensor is not None and (reason := part_refuses(name, tensor, shape, dtype, device)):
+            return reason
+    return device_refuses(device)
 
 
 def block_fp8_experts(
@@ -488,7 +504,7 @@ BLOCK_FP8_EXPERTS = Kernel(
         *(
             _case(f"deepseek-v3, 16 experts {tokens}", tokens, MIXTURES["deepseek-v3"]._replace(num_experts=16), True,
                   shared=True, model="deepseek-v3")
-            for tokens in (1, 32, 64)
+            for tokens in (1, 32)
         ),
     ),
     builds=_builds,
@@ -498,6 +514,7 @@ BLOCK_FP8_EXPERTS = Kernel(
     traffic=lambda x, gate_up, gate_up_scale, down, down_scale, weights, ids, shared: nbytes(
         x, gate_up, gate_up_scale, down, down_scale, shared, x
     ),
+    dtypes=("bfloat16",),  # in which such models are served
 )  # fmt: skip
 
 KERNELS = (BLOCK_FP8_EXPERTS,)

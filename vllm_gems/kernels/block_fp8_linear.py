@@ -204,15 +204,15 @@ class Tiling(NamedTuple):
     num_stages: int
 
 
-# Programs that keep the memory of an H100 (132 multiprocessors) or a like GPU busy, and bytes of their stages, of which
+# Programs that keep the memory of an H100 (132 multiprocessors) or a like GPU busy, and bytes of their stages, so that
 # three fit into its shared memory.
 _ENOUGH = 200
 _STAGE_BYTES = 72 << 10
 
 
-def stages_for(cols: int, rows: int, gated: bool) -> int:
-    """As many stages of a program as `_STAGE_BYTES` are, and no more than memory needs to be busy."""
-    return max(2, min(6, _STAGE_BYTES // (BLOCK * (cols * (2 if gated else 1) + rows))))
+def stages_for(cols: int, rows: int, gated: bool, nbytes: int = _STAGE_BYTES) -> int:
+    """As many stages of a program as `nbytes` are, and no more than memory needs to be busy."""
+    return max(2, min(6, nbytes // (BLOCK * (cols * (2 if gated else 1) + rows))))
 
 
 def default_tiling(shape: Shape, rows: int) -> Tiling:
@@ -255,20 +255,19 @@ def build_of(shape: Shape, rows: int, tiling: Tiling, dtype: torch.dtype) -> Bui
         ),
         num_warps=tiling.num_warps,
         num_stages=tiling.num_stages,
-        # As for linear layers; where eight warps share the tiles, sm_120, which has no wider products, needs more.
-        maxnreg=168 if tiling.num_warps == 4 else 224,
+        maxnreg=168,  # as for linear layers
     )  # fmt: skip
 
 
 @functools.cache
 def device_refuses(device: int) -> str | None:
-    """None if a device multiplies in float8 (https://arxiv.org/abs/2209.05433), else why not."""
+    """None if a device has tensor cores for float8 as wide as these tiles, and the memory for them; else why not."""
     if device == CPU:
         return None
     if torch.version.hip is not None:
         return "AMD's float8 is another"
     major, minor = torch.cuda.get_device_capability(device)
-    return None if (major, minor) >= (8, 9) else f"no products in float8 before sm_89, this is sm_{major}{minor}"
+    return None if major in (9, 10) else f"tiles in float8 are made for sm_90 and sm_100, this is sm_{major}{minor}"
 
 
 @functools.cache
@@ -357,6 +356,24 @@ def _never(shape: Shape, dtype: torch.dtype) -> str | None:
     return None
 
 
+def part_refuses(
+    name: str, tensor: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: int
+) -> str | None:
+    """None if a tensor is as these kernels read it, else why not."""
+    if tensor.shape != shape or tensor.dtype != dtype or tensor.get_device() != device or not tensor.is_contiguous():
+        have = f"{tensor.dtype} {tuple(tensor.shape)} of strides {tensor.stride()} on {tensor.device}"
+        return f"{name} is {have}, expected a contiguous {dtype} {shape}"
+    return f"{name} is not aligned to 16 bytes" if tensor.data_ptr() & 15 else None
+
+
+def parts_refuse(weight: torch.Tensor, scale: torch.Tensor, device: int) -> str | None:
+    """None if a weight of two dimensions and its scales are as these kernels read them, else why not."""
+    rows, columns = weight.shape
+    return part_refuses("weight", weight, (rows, columns), FLOAT8, device) or part_refuses(
+        "scale", scale, (triton.cdiv(rows, BLOCK), triton.cdiv(columns, BLOCK)), torch.float32, device
+    )
+
+
 def _refuses(
     x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, gated: bool
 ) -> str | None:
@@ -371,19 +388,12 @@ def _refuses(
     rows, columns = weight.shape
     if reason := _never(Shape(columns, rows // 2 if gated else rows, bias is not None, gated), x.dtype):
         return reason
-    for name, tensor, shape, dtype in (
-        ("weight", weight, (rows, columns), FLOAT8),
-        ("scale", scale, (triton.cdiv(rows, BLOCK), columns // BLOCK), torch.float32),
-        ("bias", bias, (rows,), x.dtype),
-    ):
-        if tensor is None:
-            continue
-        if tensor.shape != shape or tensor.dtype != dtype or tensor.device != x.device or not tensor.is_contiguous():
-            have = f"{tensor.dtype} {tuple(tensor.shape)} of strides {tensor.stride()} on {tensor.device}"
-            return f"{name} is {have}, expected a contiguous {dtype} {shape} on {x.device}"
-        if tensor.data_ptr() & 15:
-            return f"{name} is not aligned to 16 bytes"
-    return device_refuses(x.get_device())
+    device = x.get_device()
+    if reason := parts_refuse(weight, scale, device):
+        return reason
+    if bias is not None and (reason := part_refuses("bias", bias, (rows,), x.dtype, device)):
+        return reason
+    return device_refuses(device)
 
 
 def block_fp8_linear_refuses(
@@ -487,7 +497,7 @@ PROJECTIONS: dict[str, dict[str, Shape]] = {
         "shared down": Shape(2048, 7168),
     },
 }
-ROWS = (1, 16, 32, 64)  # at which they are timed
+ROWS = (1, 64)  # the least and the most that they are for
 
 
 def _cases(gated: bool) -> tuple[Case, ...]:
@@ -560,6 +570,8 @@ def _traffic(gated: bool) -> Callable[..., int]:
     return traffic
 
 
+_DTYPES = ("bfloat16",)  # in which such models are served
+
 BLOCK_FP8_LINEAR = Kernel(
     name="block_fp8_linear",
     op=block_fp8_linear,
@@ -572,6 +584,7 @@ BLOCK_FP8_LINEAR = Kernel(
     schema="block_fp8_linear(Tensor x, Tensor weight, Tensor scale, Tensor? bias=None) -> Tensor",
     fake=_fake(False),
     traffic=_traffic(False),
+    dtypes=_DTYPES,
 )
 
 SILU_GATED_BLOCK_FP8_LINEAR = Kernel(
@@ -586,6 +599,7 @@ SILU_GATED_BLOCK_FP8_LINEAR = Kernel(
     schema="silu_gated_block_fp8_linear(Tensor x, Tensor weight, Tensor scale, Tensor? bias=None) -> Tensor",
     fake=_fake(True),
     traffic=_traffic(True),
+    dtypes=_DTYPES,
 )
 
 KERNELS = (BLOCK_FP8_LINEAR, SILU_GATED_BLOCK_FP8_LINEAR)

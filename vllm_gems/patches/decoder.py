@@ -23,9 +23,11 @@ from .decode_steps import (
     first_refusal,
     is_one_of,
     linear_refuses,
+    most_rows,
     norm_refuses,
     parameters_of,
     part_refuses,
+    read_of,
     rotary_refuses,
     source_hash,
     unknown_field,
@@ -163,10 +165,8 @@ def _bind(layer: Any, hidden_states: Any) -> Callable[..., Any]:
     scale = float(attn.impl.scale)
 
     modules = attention.qkv_proj, attention.o_proj, mlp.gate_up_proj, mlp.down_proj
-    qkv, o, gate_up, down = (module.weight for module in modules)
-    qkv_bias, o_bias, gate_up_bias, down_bias = (module.bias for module in modules)
-    intermediate_size = down.shape[1]
-    shapes = [tuple(weight.shape) for weight in (qkv, o, gate_up, down)]
+    intermediate_size = mlp.down_proj.weight.shape[1]
+    shapes = [tuple(module.weight.shape) for module in modules]
     if shapes != [
         (qkv_size, hidden_size), (hidden_size, q_size), (2 * intermediate_size, hidden_size),
         (hidden_size, intermediate_size),
@@ -181,6 +181,7 @@ def _bind(layer: Any, hidden_states: Any) -> Callable[..., Any]:
 
     angles = _cache_of(rotary, hidden_states, own_dtype=rotary.use_flashinfer)
     known = [*parameters_of(layer), (rotary._buffers, "cos_sin_cache", angles)]
+    most = most_rows(known)
     norms = layer.input_layernorm, layer.post_attention_layernorm
     input_weight, post_weight = (norm.weight for norm in norms)
     settled = [(dtype, norm.weight.dtype, hidden_size, norm.variance_epsilon) for norm in norms]
@@ -196,7 +197,7 @@ def _bind(layer: Any, hidden_states: Any) -> Callable[..., Any]:
             raise Refused("q_norm and k_norm differ, or their weights are not of the hidden states' dtype")
 
     read = (
-        qkv, o, gate_up, down, qkv_bias, o_bias, gate_up_bias, down_bias, q_weight, k_weight, input_weight, post_weight,
+        *(tensor for module in modules for tensor in read_of(module)), q_weight, k_weight, input_weight, post_weight,
     )  # fmt: skip
     plainly = torch._C.DisableTorchFunctionSubclass
 
@@ -220,10 +221,8 @@ def _bind(layer: Any, hidden_states: Any) -> Callable[..., Any]:
         hidden_at: int, before_at: int, out_at: int, residual_at: int,
         positions_at: int, slot_mapping_at: int, block_table_at: int, seq_lens_at: int,
     ) -> None:  # fmt: skip
-        (
-            qkv_at, o_at, gate_up_at, down_at, qkv_bias_at, o_bias_at, gate_up_bias_at, down_bias_at,
-            q_weight_at, k_weight_at, input_weight_at, post_weight_at,
-        ) = read_at  # fmt: skip
+        qkv_at, o_at, gate_up_at, down_at = read_at[:3], read_at[3:6], read_at[6:9], read_at[9:12]
+        q_weight_at, k_weight_at, input_weight_at, post_weight_at = read_at[12:]
         kept: Any = cache
         key_at, value_at = cache_at + kept.key_offset, cache_at + kept.value_offset
         x_at, qkv_out_at, attended_at, active_at = (
@@ -234,7 +233,7 @@ def _bind(layer: Any, hidden_states: Any) -> Callable[..., Any]:
         else:
             first(hidden_at, before_at, input_weight_at, x_at, residual_at, rows)
         more = rows, memory, workspace_for(rows, memory)
-        project_qkv(x_at, qkv_at, qkv_bias_at, qkv_out_at, *more)
+        project_qkv(x_at, qkv_at, qkv_out_at, *more)
         write(
             qkv_out_at, qkv_size, positions_at, angles_at, key_at, value_at, kept.strides, slot_mapping_at,
             q_weight_at, k_weight_at, epsilon, rows,
@@ -243,13 +242,15 @@ def _bind(layer: Any, hidden_states: Any) -> Callable[..., Any]:
             qkv_out_at, qkv_size, head_size, key_at, value_at, kept.strides, block_table_at, block_table_stride,
             seq_lens_at, attended_at, q_size, rows, splits, scale,
         )  # fmt: skip
-        project_o(attended_at, o_at, o_bias_at, x_at, *more)
+        project_o(attended_at, o_at, x_at, *more)
         second(x_at, residual_at, post_weight_at, x_at, residual_at, rows)
-        project_gate_up(x_at, gate_up_at, gate_up_bias_at, active_at, *more)
-        project_down(active_at, down_at, down_bias_at, out_at, *more)
+        project_gate_up(x_at, gate_up_at, active_at, *more)
+        project_down(active_at, down_at, out_at, *more)
 
     def call(step: Step, kv_cache: Any, hidden_states: Any, residual: Any) -> Any:
         rows = step.num_requests
+        if rows > most:
+            raise Refused(f"{rows} requests of a layer in float8, more than {most}")
         for name, x in (("hidden_states", hidden_states), ("residual", residual)):
             if x is None:
                 continue

@@ -20,9 +20,11 @@ from .decode_steps import (
     first_refusal,
     is_one_of,
     linear_refuses,
+    most_rows,
     norm_refuses,
     parameters_of,
     part_refuses,
+    read_of,
     workspace_for,
 )
 
@@ -76,13 +78,12 @@ def _dense_block(mlp: Any, hidden_states: Any) -> moe_step.Block:
     project_up, project_down = bind_projection(up, dtype, device, gated=True), bind_projection(down, dtype, device)
 
     def launches(memory: Memory, rows: int, read_at: tuple[int, ...], x_at: int, out_at: int) -> None:
-        up_at, up_bias_at, down_at, down_bias_at = read_at
         more = rows, memory, workspace_for(rows, memory)
         active_at = memory(rows * width * dtype.itemsize)
-        project_up(x_at, up_at, up_bias_at, active_at, *more)
-        project_down(active_at, down_at, down_bias_at, out_at, *more)
+        project_up(x_at, read_at[:3], active_at, *more)
+        project_down(active_at, read_at[3:], out_at, *more)
 
-    return moe_step.Block(parameters_of(mlp), (up.weight, up.bias, down.weight, down.bias), launches)
+    return moe_step.Block(parameters_of(mlp), (*read_of(up), *read_of(down)), launches)
 
 
 def _bind(layer: Any, hidden_states: Any) -> Callable[..., Any]:
@@ -106,6 +107,7 @@ def _bind(layer: Any, hidden_states: Any) -> Callable[..., Any]:
     impl = layer.self_attn.mla_attn.mla_attn.impl
     norms = layer.input_layernorm, layer.post_attention_layernorm
     known = [*attention.known, *block.known, *parameters_of(norms[0]), *parameters_of(norms[1])]
+    most = most_rows(known)
     settled = [(dtype, norm.weight.dtype, hidden_size, norm.variance_epsilon) for norm in norms]
     alone = bind_norm_rows(*settled[0], False, False, device)
     first = bind_norm_rows(*settled[0], True, False, device)  # the inputs stay, should anything fail after it
@@ -134,6 +136,8 @@ def _bind(layer: Any, hidden_states: Any) -> Callable[..., Any]:
     def call(step: Step, kv_cache: Any, hidden_states: Any, residual: Any) -> Any:
         nonlocal cache, run
         rows = step.num_requests
+        if rows > most:
+            raise Refused(f"{rows} requests of a layer in float8, more than {most}")
         if rows > _MOST_REQUESTS and count > _MANY_EXPERTS:
             raise Refused(f"more than {_MOST_REQUESTS} requests and {_MANY_EXPERTS} experts, not measured faster")
         for name, x in (("hidden_states", hidden_states), ("residual", residual)):
