@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -355,6 +356,35 @@ def test_other_quantisation_is_left_to_vllm(
     monkeypatch.setenv("VLLM_GEMS_INCLUDE", "decoder.*")
     (reason,) = reasons(linear_of(**changes))
     assert re.search(words, reason)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({}, ""),
+        ({"weight_block_size": [64, 64]}, r"blocks of \[64, 64\]"),
+        ({"fp8_backend": SimpleNamespace(name="DEEPGEMM")}, "not Triton's"),
+        ({"powers_of_two": True}, "powers of two"),
+        ({"include": "default"}, "VLLM_GEMS_INCLUDE=default,decoder.block_fp8 takes it"),
+    ],
+)
+def test_experts_in_float8_are_taken_and_others_left(
+    monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], words: str
+) -> None:
+    for module in (decode_steps, moe_step):
+        monkeypatch.setattr(module, "part_refuses", lambda *_: None)
+    include, powers_of_two = changes.get("include", "decoder.*"), changes.get("powers_of_two", False)
+    monkeypatch.setenv("VLLM_GEMS_INCLUDE", include)
+    deep_gemm = SimpleNamespace(is_deep_gemm_e8m0_used=lambda: powers_of_two)
+    monkeypatch.setitem(sys.modules, "vllm.utils.deep_gemm", deep_gemm)
+    attributes = {"weight_block_size": [128, 128], "fp8_backend": SimpleNamespace(name="TRITON"), **changes}
+    experts = SimpleNamespace(
+        quant_method=method("Fp8MoEMethod", "layers.quantization.fp8", experts_cls=object, **attributes),
+        activation="silu", expert_map=None, apply_router_weight_on_input=False,
+    )  # fmt: skip
+    found = [reason for reason in moe_step._experts_refuse(experts) if reason]
+    assert len(found) == bool(words)
+    assert re.search(words, "".join(found))
 
 
 def test_sources_that_are_not_known_are_left_to_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
