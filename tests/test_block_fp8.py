@@ -338,6 +338,8 @@ def test_layers_in_float8_are_off_until_they_are_named(monkeypatch: pytest.Monke
     for include in ("default,decoder.block_fp8", "default,decoder.*"):
         monkeypatch.setenv("VLLM_GEMS_INCLUDE", include)
         assert not list(reasons(linear_of()))
+    monkeypatch.setenv("VLLM_GEMS_EXCLUDE", "decoder.block_fp8")
+    assert list(reasons(linear_of()))
 
 
 @pytest.mark.parametrize(

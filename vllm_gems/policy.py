@@ -106,7 +106,7 @@ BLOCK_FP8 = "decoder.block_fp8"
 
 def wants_block_fp8() -> bool:
     """Whether patches of whole layers take weights in block-wise float8, too: not until that is measured, or named."""
-    return Policy.from_env().named(BLOCK_FP8)
+    return Policy.from_env().refuses(BLOCK_FP8, default=False) is None
 
 
 def tuned_folder() -> str:

@@ -504,11 +504,11 @@ def _cases(gated: bool) -> tuple[Case, ...]:
     return (
         Case("one row", {"rows": 1, "in": 128, "out": 128}),
         Case("several", {"rows": 5, "in": 384, "out": 256, "bias": True}),
-        *(() if gated else (Case("columns of half a block", {"rows": 17, "in": 256, "out": 200, "bias": True}),)),
+        *(() if gated else (Case("columns of half a block", {"rows": 9, "in": 256, "out": 200, "bias": True}),)),
         *(() if gated else (Case("few columns", {"rows": 3, "in": 128, "out": 7}),)),
         Case("several tiles of rows", {"rows": 67, "in": 128, "out": 128}),
         Case("rows apart", {"rows": 3, "in": 256, "out": 128, "gap": 33}),
-        Case("split", {"rows": 20, "in": 1024, "out": 128, "bias": True}),
+        Case("split", {"rows": 7, "in": 1024, "out": 128, "bias": True}),
         Case("uneven split", {"rows": 2, "in": 1152, "out": 128}),
         Case("empty", {"rows": 0, "in": 128, "out": 128}),
         *(
