@@ -1,6 +1,6 @@
 """Linear layers and experts with weights in block-wise float8 over few rows: ours against vLLM's own kernels.
 
-    python benchmarks/block_fp8.py [--check] [--tilings] [--out DIR]
+    python benchmarks/block_fp8.py [--check] [--tilings] [--rows 1,32,64] [--layers o,experts] [--out DIR]
 
 Writes the record `block_fp8`: GPU time in bfloat16 of DeepSeek-V3's linear layers and experts, quantising the rows and
 the activation included on both sides, and the relative Frobenius error of each side against float64, of weights and
@@ -15,7 +15,6 @@ vLLM.
 from __future__ import annotations
 
 import argparse
-import functools
 import pathlib
 import sys
 import time
@@ -47,7 +46,6 @@ from vllm_gems.kernels.linear import rows_class
 from vllm_gems.kernels.moe_experts import MIXTURES, Experts
 from vllm_gems.tuning.timing import gpu_us
 
-ROWS = (1, 32, 64)
 MODEL = "deepseek-v3"
 # Ours may be that much further from float64 than vLLM's, whose activations are rounded to bfloat16 on the way.
 LIMIT = 1.1
@@ -125,13 +123,13 @@ def row_of(case: dict[str, Any], sides: dict[str, Call], sets: list[dict[str, An
     return row
 
 
-def linear_rows(name: str, shape: Shape, timed: bool, tilings: bool) -> Iterator[dict[str, Any]]:
+def linear_rows(name: str, shape: Shape, *, points: list[int], timed: bool, tilings: bool) -> Iterator[dict[str, Any]]:
     height = shape.out_features * (2 if shape.gated else 1)
     op = silu_gated_block_fp8_linear if shape.gated else block_fp8_linear
     reference = silu_gated_block_fp8_linear_reference if shape.gated else block_fp8_linear_reference
     weights = [random_weight((height, shape.in_features), "cuda")
                for _ in range(max(2, min(16, (160 << 20) // (height * shape.in_features))))]  # fmt: skip
-    for rows in ROWS:
+    for rows in points:
         sets: list[dict[str, Any]] = [
             {"x": torch.randn(rows, shape.in_features, device="cuda").bfloat16(), "weight": weight, "scale": scale}
             for weight, scale in weights
@@ -204,10 +202,10 @@ def fused_experts(
     return out
 
 
-def expert_rows(experts: Experts, timed: bool, tilings: bool) -> Iterator[dict[str, Any]]:
+def expert_rows(experts: Experts, *, points: list[int], timed: bool, tilings: bool) -> Iterator[dict[str, Any]]:
     made = expert_weights(experts)
     count, topk, hidden, _ = experts
-    for tokens in ROWS:
+    for tokens in points:
         sets = [
             {
                 "x": torch.randn(tokens, hidden, device="cuda").bfloat16(),
@@ -259,6 +257,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="errors alone")
     parser.add_argument("--tilings", action="store_true", help="time other divisions of the work, too")
+    parser.add_argument("--rows", type=lambda text: [int(each) for each in text.split(",")], default=[1, 32, 64])
     parser.add_argument("--layers", type=lambda text: text.split(","), default=[*PROJECTIONS[MODEL], "experts"])
     parser.add_argument("--out", type=pathlib.Path, help="a folder for the record, instead of benchmarks/results/<gpu>")
     parser.add_argument("--commit", default="", help="for the record, where there is no git")
@@ -268,14 +267,14 @@ def main() -> int:
     torch.manual_seed(0)
     began = time.monotonic()
     rows: list[dict[str, Any]] = []
-    told = functools.partial(linear_rows, timed=not args.check, tilings=args.tilings)
+    how: dict[str, Any] = {"points": args.rows, "timed": not args.check, "tilings": args.tilings}
     with set_current_vllm_config(VllmConfig()):
         differing = same_bits()
         for name, shape in PROJECTIONS[MODEL].items():
             if name in args.layers:
-                rows += told(name, shape)
+                rows += linear_rows(name, shape, **how)
         if "experts" in args.layers:
-            rows += expert_rows(MIXTURES[MODEL], not args.check, args.tilings)
+            rows += expert_rows(MIXTURES[MODEL], **how)
     print(f"{time.monotonic() - began:.0f} s")
     if not args.check:
         print(measure.record("block_fp8", rows, folder=args.out, commit=args.commit, differing=differing))

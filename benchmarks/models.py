@@ -77,7 +77,7 @@ class Model:
                 found[name] = numbers[whole.of] * decodes
                 for patch, count in whole.parts.items():
                     found[patch] -= numbers[whole.of] * count * decodes
-        if answering & {MIXTURE, "decoder.deepseek_v2"}:  # answers whatever has few tokens, short prefills too
+        if answering & _WITH_EXPERTS:  # answer whatever has few tokens, short prefills too
             found = {patch: count for patch, count in found.items() if patch not in _OF_EXPERTS}
         return {patch: count for patch, count in found.items() if patch in answering}
 
@@ -106,6 +106,7 @@ class Model:
 
 # Patches of what happens inside a mixture of experts.
 MIXTURE = "moe.mixture"
+_WITH_EXPERTS = {MIXTURE, "decoder.deepseek_v2", "decoder.qwen3_moe"}
 _OF_EXPERTS = {"activation.silu_and_mul", "moe.grouped_topk", "op.silu_and_mul"}
 # Patches of what a prefill does not call.
 _DECODES_ONLY = {"mla.triton_decode"}
@@ -238,7 +239,7 @@ MODELS = {
             use_sliding_window=False, max_window_layers=48, router_aux_loss_coef=0.001,
         ),
         {**_QUERY_KEY_NORMS, **_ROUTED},
-        {},
+        {"decoder.qwen3_moe": Whole(LAYER, {"layernorm.rms_norm": 4, "rotary.rotary_embedding": 1})},
     ),
     "tiny": Model(
         "tiny",

@@ -149,7 +149,7 @@ def test_devices_without_such_tensor_cores_are_refused(monkeypatch: pytest.Monke
     ("changes", "words"),
     [
         ({"x": torch.zeros(3, 200)}, "no multiple of 128"),
-        ({"x": torch.zeros(129, 256)}, "129 rows"),
+        ({"x": torch.zeros(513, 256)}, "513 rows"),
         ({"weight": torch.zeros(64, 256)}, "weight is torch.float32"),
         ({"weight": torch.zeros(64, 512).to(FLOAT8)[:, :256]}, r"strides \(512, 1\)"),
         ({"weight": torch.zeros(64 * 256 + 1).to(FLOAT8)[1:].view(64, 256)}, "weight is not aligned"),
@@ -253,7 +253,7 @@ def test_replaced_weights_and_scales_are_used(mixture: test_moe_step.Model, name
 
 
 def test_many_tokens_are_left_to_vllm(mixture: test_moe_step.Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(decode_steps, "FEW_ROWS", 4)
+    monkeypatch.setattr(decode_steps, "FEW_ROWS_OF_FLOAT8", 4)
     x = torch.randn(5, 256, device=DEVICE)
     assert mixture.runner(x, x) == "the original"
     assert mixture.runner(x[:4], x[:4]) != "the original"
@@ -290,7 +290,7 @@ def test_a_whole_layer_is_right(monkeypatch: pytest.MonkeyPatch, mixture_too: bo
         narrowed(linear)
     got = [model.call(model.residual) for _ in range(2)][1]
     assert (model.site.hits, model.site.declined) == (2, {})
-    monkeypatch.setattr(decode_steps, "FEW_ROWS", 2)
+    monkeypatch.setattr(decode_steps, "FEW_ROWS_OF_FLOAT8", 2)
     model.layer.input_layernorm.weight = torch.nn.Parameter(model.layer.input_layernorm.weight, requires_grad=False)
     assert model.call(model.residual) == "the original"  # a weight was replaced, so that it is settled again
     assert model.call(model.residual) == "the original"

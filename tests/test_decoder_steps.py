@@ -107,7 +107,7 @@ def test_other_metadata_positions_and_slots_are_left_to_vllm() -> None:
 
 def test_a_layer_of_other_parts_is_left_to_vllm() -> None:
     layer = torch.nn.Module()
-    assert "not the parts of a dense decoder layer" in str(decoder.layer_refuses(layer))
+    assert "not the parts of a decoder layer" in str(decoder.layer_refuses(layer))
     layer.self_attn, layer.mlp = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
     assert "Linear.forward is none of those" in str(decoder.layer_refuses(layer))
 

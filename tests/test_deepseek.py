@@ -121,18 +121,6 @@ def test_a_failure_in_the_middle_harms_nothing(monkeypatch: pytest.MonkeyPatch) 
     assert torch.equal(model.residual, before)
 
 
-@pytest.mark.parametrize(("most", "mixture", "declines"), [(2, True, True), (3, True, False), (2, False, False)])
-def test_many_requests_of_many_experts_are_left_to_vllm(
-    monkeypatch: pytest.MonkeyPatch, most: int, mixture: bool, declines: bool
-) -> None:
-    """Three requests here."""
-    monkeypatch.setattr(deepseek, "_MANY_EXPERTS", 1)
-    monkeypatch.setattr(deepseek, "_MOST_REQUESTS", most)
-    model = Model(monkeypatch, mixture)
-    assert (model.call(None) == "the original") is declines
-    assert (model.site.hits, sum(model.site.declined.values())) == ((0, 1) if declines else (1, 0))
-
-
 def test_what_is_not_done_goes_to_the_original(monkeypatch: pytest.MonkeyPatch) -> None:
     model = Model(monkeypatch, mixture=True)
     model.call(None)

@@ -246,6 +246,7 @@ TABLES: dict[str, Callable[[Record], str]] = {
     "serve_eager_recorded": serve_eager,
     "serve_eager_llama": serve_eager,
     "serve_eager_qwen3": serve_eager,
+    "serve_eager_qwen3_moe": serve_eager,
     "serve_eager_deepseek": serve_eager,
     "serve_eager_deepseek_v3": serve_eager,
     "serve_compiled_deepseek_v3": serve_compiled,

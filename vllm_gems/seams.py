@@ -152,6 +152,7 @@ _ALL = (
     _decoder("qwen2", "Qwen2DecoderLayer"),
     _decoder("qwen3", "Qwen3DecoderLayer"),
     _decoder("llama", "LlamaDecoderLayer"),
+    _decoder("qwen3_moe", "Qwen3MoeDecoderLayer"),
     Seam(
         "layer.deepseek_v2_decoder_layer",
         (_DEEPSEEK_LAYER,),
@@ -240,6 +241,7 @@ PARTS: dict[str, tuple[Place, ...]] = {
         _part("model_executor.models.qwen2", "Qwen2Attention.forward", _FORWARD, "ff7a252677f1fd68"),
         _part("model_executor.models.qwen3", "Qwen3Attention.forward", _FORWARD, "4f8ff102c0ac33f3"),
         _part("model_executor.models.llama", "LlamaAttention.forward", _FORWARD, "4e2c69360faaa9d3"),
+        _part("model_executor.models.qwen3_moe", "Qwen3MoeAttention.forward", _FORWARD, "4f8ff102c0ac33f3"),
     ),
     "mlp": (
         _part("model_executor.models.qwen2", "Qwen2MLP.forward", ("(self, x)",), "ed8f76673b96ed75"),
@@ -349,6 +351,10 @@ PARTS: dict[str, tuple[Place, ...]] = {
             "model_executor.models.deepseek_v2", "DeepseekV2MoE.forward",
             ("(self, hidden_states, already_sequence_parallel=False)",),
             "90509013216f9848", "5c1892e99174ef9a", versions="0.26.0-0.33",
+        ),
+        _part(
+            "model_executor.models.qwen3_moe", "Qwen3MoeSparseMoeBlock.forward", ("(self, hidden_states)",),
+            "487556e8efc32345", "72bf7ced59d75b78", versions="0.20.2-0.33",
         ),
     ),
     "mixture _forward_impl": (

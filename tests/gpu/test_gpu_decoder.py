@@ -10,7 +10,10 @@ from pathlib import Path
 import pytest
 from served import assert_answered, serve
 
-MODELS = {"qwen2.5-7b": "decoder.qwen2", "llama-3.1-8b": "decoder.llama", "qwen3-8b": "decoder.qwen3"}
+MODELS = {
+    "qwen2.5-7b": "decoder.qwen2", "llama-3.1-8b": "decoder.llama", "qwen3-8b": "decoder.qwen3",
+    "qwen3-30b-a3b": "decoder.qwen3_moe",
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("model", MODELS)

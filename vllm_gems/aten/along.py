@@ -47,6 +47,8 @@ class Along:
             of_input = args[overload.names.index("input_dtype")]
             if of_input not in (tensors[0].dtype, torch.float16):
                 decline(f"a gradient in {tensors[0].dtype} of an input in {of_input}")
+            if tensors[1].dtype is not tensors[0].dtype:
+                decline(f"a gradient in {tensors[0].dtype} of an output in {tensors[1].dtype}")
         family = "f" if result.dtype.is_floating_point else "i"
         if family not in self.families or result.dtype is torch.bool:
             decline(f"{self.what} in {result.dtype}")

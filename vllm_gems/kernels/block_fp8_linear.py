@@ -23,7 +23,7 @@ from ..scratch import counters
 from .common import dtype_of, nbytes, power_of_two, randn, strided
 from .linear import _finish, rows_class
 
-MAX_ROWS = 128
+MAX_ROWS = 512
 BLOCK = 128  # elements of a row, and rows and columns of a weight, to a scale
 FLOAT8 = torch.float8_e4m3fn
 LARGEST = 448.0  # of float8
@@ -431,7 +431,7 @@ def block_fp8_linear(
 ) -> torch.Tensor:
     """x @ (weight * scale).T + bias for few rows, x quantised as the weight is, summed in float32 and rounded once.
 
-    x: [num_rows, in_features], at most 128 rows, float16, bfloat16 or float32; rows may lie apart. weight:
+    x: [num_rows, in_features], at most 512 rows, float16, bfloat16 or float32; rows may lie apart. weight:
     [out_features, in_features] float8_e4m3fn, in_features a multiple of 128. scale: [ceil(out_features / 128),
     in_features / 128] float32, of blocks of the weight. bias: [out_features] of x's dtype, or None. All but x are
     contiguous and aligned to 16 bytes. Every 128 elements of a row have a scale, the largest of them over 448. Returns

@@ -21,6 +21,9 @@ MAX_REQUESTS = 512
 # Up to so many rows a product is a walk through its weight; beyond, it is cuBLAS's.
 FEW_ROWS = 64
 
+# Up to so many rows a layer with weights in float8 is ours: the kernels take more, which are not measured.
+FEW_ROWS_OF_FLOAT8 = 64
+
 
 class Paged(NamedTuple):
     """What a backend's metadata says of a step in which every request has one token."""
@@ -319,9 +322,9 @@ def read_of(linear: Any) -> tuple[Any, Any, Any]:
 
 
 def most_rows(known: Iterable[Kept]) -> int:
-    """How many rows a layer's products are done of: beyond `FEW_ROWS` those with weights in float8 are vLLM's."""
+    """How many rows a layer's products are done of: beyond `FEW_ROWS_OF_FLOAT8` those of its weights are vLLM's."""
     narrow = any(each is not None and each.dtype.itemsize == 1 for _, _, each in known)
-    return FEW_ROWS if narrow else MAX_REQUESTS
+    return FEW_ROWS_OF_FLOAT8 if narrow else MAX_REQUESTS
 
 
 # Gives so many bytes for what a layer computes on the way.
@@ -391,8 +394,8 @@ def _bind_block_fp8(linear: Any, dtype: Any, device: int, gated: bool) -> Callab
         x_at: int, read_at: tuple[int, int, int], out_at: int, rows: int, memory: Memory, workspace_at: int
     ) -> None:
         weight_at, bias_at, scale_at = read_at
-        if rows > FEW_ROWS:
-            raise Refused(f"{rows} rows of a product in float8, more than {FEW_ROWS}")
+        if rows > FEW_ROWS_OF_FLOAT8:
+            raise Refused(f"{rows} rows of a product in float8, more than {FEW_ROWS_OF_FLOAT8}")
         few(x_at, in_features, weight_at, scale_at, bias_at, out_at, rows)
 
     return project

@@ -1,4 +1,4 @@
-"""A whole decoder layer of a dense model in eight direct launches, for batches that only decode.
+"""A whole decoder layer in one recording, for batches that only decode: eight direct launches of a dense model.
 
 In eager mode the host is the bottleneck: modules, dispatch and F.linear cost several times what the GPU needs. What a
 layer does in a decode step is always the same, so it is settled once per layer, and a call only launches it. Every
@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from ..nouns import Patch
 from ..seams import KV_CACHE_LAYOUTS
+from . import feed_forward
 from .decode_steps import (
     Memory,
     Paged,
@@ -91,9 +92,9 @@ def _attention_refuses(attention: Any) -> Iterator[str | None]:
 
 
 def _refusals(layer: Any) -> Iterator[str | None]:
-    attention, mlp = layer.self_attn, layer.mlp
+    attention = layer.self_attn
     yield part_refuses(type(attention), "attention")
-    yield part_refuses(type(mlp), "mlp")
+    yield from feed_forward.refusals(layer.mlp)
     yield from norm_refuses("input_layernorm", layer.input_layernorm)
     yield from norm_refuses("post_attention_layernorm", layer.post_attention_layernorm)
     for norm in ("q_norm", "k_norm"):
@@ -101,17 +102,13 @@ def _refusals(layer: Any) -> Iterator[str | None]:
             yield from norm_refuses(norm, getattr(attention, norm))
     yield from linear_refuses("qkv_proj", attention.qkv_proj, "column")
     yield from linear_refuses("o_proj", attention.o_proj, "row")
-    yield from linear_refuses("gate_up_proj", mlp.gate_up_proj, "column")
-    yield from linear_refuses("down_proj", mlp.down_proj, "row")
-    if not is_one_of(mlp.act_fn, "layers.activation", "SiluAndMul"):
-        yield f"the activation is {type(mlp.act_fn).__name__}"
     yield from rotary_refuses(attention.rotary_emb)
     yield from _attention_refuses(attention.attn)
 
 
 def layer_refuses(layer: Any) -> str | None:
     """None if a decoder layer is made of the parts that are settled here, else why not."""
-    return first_refusal(_refusals, layer, "a dense decoder layer")
+    return first_refusal(_refusals, layer, "a decoder layer")
 
 
 # One layer's launches
@@ -154,7 +151,7 @@ def _bind(layer: Any, hidden_states: Any) -> Callable[..., Any]:
 
     if reason := layer_refuses(layer):
         raise Refused(reason)
-    attention, mlp = layer.self_attn, layer.mlp
+    attention = layer.self_attn
     attn, rotary = attention.attn, attention.rotary_emb
     dtype, device = hidden_states.dtype, hidden_states.get_device()
     hidden_size = hidden_states.shape[-1]
@@ -164,25 +161,19 @@ def _bind(layer: Any, hidden_states: Any) -> Callable[..., Any]:
     qk_norm = hasattr(attention, "q_norm") and getattr(attention, "qk_norm", True)
     scale = float(attn.impl.scale)
 
-    modules = attention.qkv_proj, attention.o_proj, mlp.gate_up_proj, mlp.down_proj
-    intermediate_size = mlp.down_proj.weight.shape[1]
+    modules = attention.qkv_proj, attention.o_proj
     shapes = [tuple(module.weight.shape) for module in modules]
-    if shapes != [
-        (qkv_size, hidden_size), (hidden_size, q_size), (2 * intermediate_size, hidden_size),
-        (hidden_size, intermediate_size),
-    ]:  # fmt: skip
+    if shapes != [(qkv_size, hidden_size), (hidden_size, q_size)]:
         raise Refused(f"weights of shapes {shapes}")
-
-    project_qkv, project_o, project_down = (
-        bind_projection(module, dtype, device) for module in (attention.qkv_proj, attention.o_proj, mlp.down_proj)
-    )
-    project_gate_up = bind_projection(mlp.gate_up_proj, dtype, device, gated=True)
+    project_qkv, project_o = (bind_projection(module, dtype, device) for module in modules)
+    block = feed_forward.bind_block(layer.mlp, hidden_states)
     empty, itemsize = allocator(device, dtype), dtype.itemsize
 
     angles = _cache_of(rotary, hidden_states, own_dtype=rotary.use_flashinfer)
-    known = [*parameters_of(layer), (rotary._buffers, "cos_sin_cache", angles)]
-    most = most_rows(known)
     norms = layer.input_layernorm, layer.post_attention_layernorm
+    known = [(rotary._buffers, "cos_sin_cache", angles), *parameters_of(attention), *block.known]
+    known += [*parameters_of(norms[0]), *parameters_of(norms[1])]
+    most = most_rows(known)
     input_weight, post_weight = (norm.weight for norm in norms)
     settled = [(dtype, norm.weight.dtype, hidden_size, norm.variance_epsilon) for norm in norms]
     alone = bind_norm_rows(*settled[0], False, False, device)
@@ -198,6 +189,7 @@ def _bind(layer: Any, hidden_states: Any) -> Callable[..., Any]:
 
     read = (
         *(tensor for module in modules for tensor in read_of(module)), q_weight, k_weight, input_weight, post_weight,
+        *block.read,
     )  # fmt: skip
     plainly = torch._C.DisableTorchFunctionSubclass
 
@@ -221,13 +213,11 @@ def _bind(layer: Any, hidden_states: Any) -> Callable[..., Any]:
         hidden_at: int, before_at: int, out_at: int, residual_at: int,
         positions_at: int, slot_mapping_at: int, block_table_at: int, seq_lens_at: int,
     ) -> None:  # fmt: skip
-        qkv_at, o_at, gate_up_at, down_at = read_at[:3], read_at[3:6], read_at[6:9], read_at[9:12]
-        q_weight_at, k_weight_at, input_weight_at, post_weight_at = read_at[12:]
+        qkv_at, o_at = read_at[:3], read_at[3:6]
+        q_weight_at, k_weight_at, input_weight_at, post_weight_at, *block_at = read_at[6:]
         kept: Any = cache
         key_at, value_at = cache_at + kept.key_offset, cache_at + kept.value_offset
-        x_at, qkv_out_at, attended_at, active_at = (
-            memory(rows * width * itemsize) for width in (hidden_size, qkv_size, q_size, intermediate_size)
-        )
+        x_at, qkv_out_at, attended_at = (memory(rows * width * itemsize) for width in (hidden_size, qkv_size, q_size))
         if is_first:
             alone(residual_at, 0, input_weight_at, x_at, 0, rows)
         else:
@@ -244,8 +234,7 @@ def _bind(layer: Any, hidden_states: Any) -> Callable[..., Any]:
         )  # fmt: skip
         project_o(attended_at, o_at, x_at, *more)
         second(x_at, residual_at, post_weight_at, x_at, residual_at, rows)
-        project_gate_up(x_at, gate_up_at, active_at, *more)
-        project_down(active_at, down_at, out_at, *more)
+        block.launches(memory, rows, tuple(block_at), x_at, out_at)
 
     def call(step: Step, kv_cache: Any, hidden_states: Any, residual: Any) -> Any:
         rows = step.num_requests
@@ -305,13 +294,24 @@ def _decoder_layer(original: Any, site: Any) -> Any:
     return module_forward(original, site, settle)
 
 
-PATCHES = tuple(
+_KERNELS = ("linear", "silu_gated_linear", "rope_and_cache", "qk_norm_rope_and_cache", "decode_attention")
+PATCHES = (
+    *(
+        Patch(
+            f"decoder.{name}",
+            f"layer.{name}_decoder_layer",
+            _KERNELS,
+            _decoder_layer,
+            "a decode step of a layer in eight direct launches, settled per layer",
+        )
+        for name in ("qwen2", "qwen3", "llama")
+    ),
     Patch(
-        f"decoder.{name}",
-        f"layer.{name}_decoder_layer",
-        ("linear", "silu_gated_linear", "rope_and_cache", "qk_norm_rope_and_cache", "decode_attention"),
+        "decoder.qwen3_moe",
+        "layer.qwen3_moe_decoder_layer",
+        (*_KERNELS, "grouped_topk", "moe_experts"),
         _decoder_layer,
-        "a decode step of a layer in eight direct launches, settled per layer",
-    )
-    for name in ("qwen2", "qwen3", "llama")
-)  # fmt: skip
+        "a decode step of a layer, experts and all, in one recording",
+        default=False,
+    ),
+)

@@ -10,28 +10,18 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from ..nouns import Patch
-from . import mla_step, moe_step
+from . import feed_forward, mla_step
 from .decode_steps import (
     Memory,
     Step,
     Steps,
     addresses_of,
-    bind_projection,
     first_refusal,
-    is_one_of,
-    linear_refuses,
     most_rows,
     norm_refuses,
     parameters_of,
     part_refuses,
-    read_of,
-    workspace_for,
 )
-
-# On an H100 a step of DeepSeek-V3's layers, with 256 experts, was faster than vLLM's at 32 requests and slower at 256;
-# of DeepSeek-V2-Lite's, with 64, it was faster at all (docs/mla.md).
-_MANY_EXPERTS = 128
-_MOST_REQUESTS = 64
 
 # Which layers are for us
 
@@ -45,18 +35,7 @@ def _refusals(layer: Any) -> Iterator[str | None]:
     yield from norm_refuses("post_attention_layernorm", layer.post_attention_layernorm)
     yield part_refuses(type(layer.self_attn), "latent attention module")
     yield mla_step.layer_refuses(layer.self_attn.mla_attn)
-    mlp = layer.mlp
-    if is_one_of(mlp, "models.deepseek_v2", "DeepseekV2MoE"):
-        yield part_refuses(type(mlp), "mixture module")
-        if mlp.is_sequence_parallel:
-            yield "tokens in parallel"
-        yield moe_step.runner_refuses(mlp.experts)
-        return
-    yield part_refuses(type(mlp), "mlp")
-    yield from linear_refuses("gate_up_proj", mlp.gate_up_proj, "column")
-    yield from linear_refuses("down_proj", mlp.down_proj, "row")
-    if not is_one_of(mlp.act_fn, "layers.activation", "SiluAndMul"):
-        yield f"the activation is {type(mlp.act_fn).__name__}"
+    yield from feed_forward.refusals(layer.mlp)
 
 
 def layer_refuses(layer: Any) -> str | None:
@@ -65,25 +44,6 @@ def layer_refuses(layer: Any) -> str | None:
 
 
 # One layer's launches
-
-
-def _dense_block(mlp: Any, hidden_states: Any) -> moe_step.Block:
-    from ..errors import Refused
-
-    dtype, device, hidden_size = hidden_states.dtype, hidden_states.get_device(), hidden_states.shape[-1]
-    up, down = mlp.gate_up_proj, mlp.down_proj
-    width = down.weight.shape[1]
-    if (up.weight.shape, down.weight.shape) != ((2 * width, hidden_size), (hidden_size, width)):
-        raise Refused(f"weights of shapes {tuple(up.weight.shape)} and {tuple(down.weight.shape)}")
-    project_up, project_down = bind_projection(up, dtype, device, gated=True), bind_projection(down, dtype, device)
-
-    def launches(memory: Memory, rows: int, read_at: tuple[int, ...], x_at: int, out_at: int) -> None:
-        more = rows, memory, workspace_for(rows, memory)
-        active_at = memory(rows * width * dtype.itemsize)
-        project_up(x_at, read_at[:3], active_at, *more)
-        project_down(active_at, read_at[3:], out_at, *more)
-
-    return moe_step.Block(parameters_of(mlp), (*read_of(up), *read_of(down)), launches)
 
 
 def _bind(layer: Any, hidden_states: Any) -> Callable[..., Any]:
@@ -101,9 +61,7 @@ def _bind(layer: Any, hidden_states: Any) -> Callable[..., Any]:
     if dtype is torch.float16:
         raise Refused("float16, in which vLLM scales what goes from layer to layer")
     attention = mla_step.bind_block(layer.self_attn.mla_attn, hidden_states)
-    experts = getattr(layer.mlp, "experts", None)
-    block = _dense_block(layer.mlp, hidden_states) if experts is None else moe_step.bind_block(experts, hidden_states)
-    count = 0 if experts is None else experts.router.global_num_experts
+    block = feed_forward.bind_block(layer.mlp, hidden_states)
     impl = layer.self_attn.mla_attn.mla_attn.impl
     norms = layer.input_layernorm, layer.post_attention_layernorm
     known = [*attention.known, *block.known, *parameters_of(norms[0]), *parameters_of(norms[1])]
@@ -138,8 +96,6 @@ def _bind(layer: Any, hidden_states: Any) -> Callable[..., Any]:
         rows = step.num_requests
         if rows > most:
             raise Refused(f"{rows} requests of a layer in float8, more than {most}")
-        if rows > _MOST_REQUESTS and count > _MANY_EXPERTS:
-            raise Refused(f"more than {_MOST_REQUESTS} requests and {_MANY_EXPERTS} experts, not measured faster")
         for name, x in (("hidden_states", hidden_states), ("residual", residual)):
             if x is None:
                 continue

@@ -113,6 +113,9 @@ def _experts_refuse(experts: Any) -> Iterator[str | None]:
 
 
 def _gate_refuses(gate: Any) -> Iterator[str | None]:
+    if is_one_of(gate, "layers.linear", "ReplicatedLinear"):  # Qwen3's, until 0.29
+        yield from linear_refuses("the router's product", gate, "replicated")
+        return
     if not is_one_of(gate, "router.gate_linear", "GateLinear"):
         yield f"the router's product is a {type(gate).__name__}"
         return

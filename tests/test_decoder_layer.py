@@ -1,0 +1,155 @@
+"""A decoder layer settled as a whole, dense or with experts: its numbers on stand-ins for its parts."""
+
+from __future__ import annotations
+
+import sys
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import test_mla_step
+import test_moe_step
+import torch
+from test_decoder_steps import FlashAttentionMetadata
+from test_deepseek import Dense
+from test_kernels import DEVICE
+
+from vllm_gems.kernels.paged import random_pages
+from vllm_gems.patches import decoder
+from vllm_gems.sites import Site
+
+HIDDEN, EPSILON = test_mla_step.HIDDEN, test_mla_step.EPSILON
+HEADS, KV_HEADS, HEAD, PAGE, ROWS = 4, 2, 16, 16, 3
+Q, KV = HEADS * HEAD, KV_HEADS * HEAD
+
+
+class Rotary(test_mla_step.Rotary):
+    is_neox_style = True
+
+
+class Implementation:
+    scale = HEAD**-0.5
+
+    def do_kv_cache_update(self) -> None:
+        """Its source says how a cache lies."""
+
+
+class Attention(torch.nn.Module):
+    layer_name = "layers.0.attn"
+    num_heads, num_kv_heads, head_size = HEADS, KV_HEADS, HEAD
+
+    def __init__(self, kv_cache: torch.Tensor) -> None:
+        super().__init__()
+        self.impl = Implementation()
+        self.kv_cache = kv_cache
+
+
+def normalised(x: torch.Tensor, norm: Any) -> torch.Tensor:
+    return x * torch.rsqrt(x.pow(2).mean(dim=-1, keepdim=True) + EPSILON) * norm.weight.double()
+
+
+def original(self: Any, positions: Any, hidden_states: Any, residual: Any) -> str:
+    return "the original"
+
+
+class Model:
+    """A layer with the patch around its forward, and the decode step that it is called in."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, mixture: bool, qk_norm: bool) -> None:
+        torch.manual_seed(0)
+        monkeypatch.setattr(test_moe_step, "HIDDEN", HIDDEN)
+        monkeypatch.setattr(decoder, "layer_refuses", lambda layer: None)
+        monkeypatch.setattr(decoder, "source_hash", lambda function: "made up")
+        monkeypatch.setitem(decoder.KV_CACHE_LAYOUTS, "made up", lambda cache, head_size: cache.unbind(0))
+        lengths = [1, 20, 37]
+        blocks = 8
+        table, _ = random_pages(lengths, PAGE, blocks, str(DEVICE))
+        self.lengths, self.table = torch.tensor(lengths, dtype=torch.int32, device=DEVICE), table
+        self.positions = (self.lengths - 1).long()
+        pages = table.gather(1, (self.positions // PAGE)[:, None]).long()[:, 0]
+        slots = pages * PAGE + self.positions % PAGE
+        metadata = FlashAttentionMetadata(
+            ROWS, 1, torch.arange(ROWS + 1), max(lengths), self.lengths, table, slots, False, 0
+        )
+        name = Attention.layer_name
+        context = SimpleNamespace(attn_metadata={name: metadata}, slot_mapping={name: slots})
+        forward_context = SimpleNamespace(get_forward_context=lambda: context)
+        monkeypatch.setitem(sys.modules, "vllm.forward_context", forward_context)
+        self.site = Site("decoder.qwen3_moe" if mixture else "decoder.qwen3")
+        self.mixture = test_moe_step.Model(monkeypatch, shared=False) if mixture else None
+
+        class Layer(torch.nn.Module):
+            forward = decoder.PATCHES[0].adapt(original, self.site)
+
+        layer: Any = Layer()
+        layer.input_layernorm, layer.post_attention_layernorm = (test_mla_step.Norm(HIDDEN) for _ in range(2))
+        layer.self_attn = torch.nn.Module()
+        layer.self_attn.qkv_proj = test_mla_step.Linear(HIDDEN, Q + 2 * KV)
+        layer.self_attn.o_proj = test_mla_step.Linear(Q, HIDDEN)
+        if qk_norm:
+            layer.self_attn.q_norm, layer.self_attn.k_norm = (test_mla_step.Norm(HEAD) for _ in range(2))
+        layer.self_attn.rotary_emb = Rotary()
+        layer.self_attn.attn = Attention(torch.randn(2, blocks, PAGE, KV_HEADS, HEAD, device=DEVICE))
+        layer.mlp = torch.nn.Module() if self.mixture else Dense()
+        if self.mixture:
+            layer.mlp.experts = self.mixture.runner
+        self.layer = layer
+        self.hidden, self.residual = (torch.randn(ROWS, HIDDEN, device=DEVICE) for _ in range(2))
+
+    def call(self, residual: torch.Tensor | None) -> Any:
+        return self.layer(self.positions, self.hidden, residual)
+
+    def _attended(self, x: torch.Tensor) -> torch.Tensor:
+        part = self.layer.self_attn
+        q, k, v = (x @ part.qkv_proj.weight.double().T).split((Q, KV, KV), dim=-1)
+        q, k, v = q.unflatten(-1, (HEADS, HEAD)), k.unflatten(-1, (KV_HEADS, HEAD)), v.unflatten(-1, (KV_HEADS, HEAD))
+        if hasattr(part, "q_norm"):
+            q, k = normalised(q, part.q_norm), normalised(k, part.k_norm)
+        cos, sin = part.rotary_emb.cos_sin_cache[self.positions].double()[:, None].chunk(2, dim=-1)
+
+        def turned(each: torch.Tensor) -> torch.Tensor:
+            first, second = each.chunk(2, dim=-1)
+            return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+        q, k = turned(q), turned(k)
+        rows = []
+        for row, length in enumerate(self.lengths.tolist()):
+            pages = self.table[row, : -(-length // PAGE)].long()  # what comes after is poison
+            cache = part.attn.kv_cache[:, pages].double().flatten(1, 2)[:, :length].clone()
+            cache[0, -1], cache[1, -1] = k[row], v[row]
+            keys, values = cache.repeat_interleave(HEADS // KV_HEADS, dim=2)
+            scores = torch.einsum("hd,thd->ht", q[row], keys) * HEAD**-0.5
+            rows.append(torch.einsum("ht,thd->hd", scores.softmax(dim=-1), values).flatten())
+        return torch.stack(rows) @ part.o_proj.weight.double().T
+
+    def expected(self, residual: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """In float64."""
+        total = self.hidden.double() + (0 if residual is None else residual.double())
+        total = total + self._attended(normalised(total, self.layer.input_layernorm))
+        x = normalised(total, self.layer.post_attention_layernorm)
+        return (self.mixture or self.layer.mlp).expected(x), total
+
+
+@pytest.mark.parametrize("qk_norm", [True, False], ids=["norms", "no norms"])
+@pytest.mark.parametrize("mixture", [True, False], ids=["experts", "dense"])
+def test_a_decode_step_is_right(monkeypatch: pytest.MonkeyPatch, mixture: bool, qk_norm: bool) -> None:
+    model = Model(monkeypatch, mixture, qk_norm)
+    hidden, before = model.hidden.clone(), model.residual.clone()
+    for residual in (None, model.residual, model.residual):
+        expected = model.expected(residual)
+        for got, want in zip(model.call(residual), expected, strict=True):
+            torch.testing.assert_close(got.double(), want, rtol=0, atol=3e-5)
+    assert torch.equal(model.hidden, hidden)
+    assert torch.equal(model.residual, before)
+    assert (model.site.hits, model.site.by_layer, model.site.declined) == (3, {"layers.0.attn": 3}, {})
+
+
+def test_replaced_experts_are_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Model(monkeypatch, mixture=True, qk_norm=True)
+    model.call(model.residual)
+    experts = model.layer.mlp.experts.routed_experts
+    experts.w2_weight = torch.nn.Parameter(experts.w2_weight * -2, requires_grad=False)
+    assert model.call(model.residual) == "the original"  # and settled anew after it
+    for got, want in zip(model.call(model.residual), model.expected(model.residual), strict=True):
+        torch.testing.assert_close(got.double(), want, rtol=0, atol=3e-5)
+    assert list(model.site.declined) == ["weights that were replaced"]
