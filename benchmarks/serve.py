@@ -10,7 +10,8 @@ Timed are calls of `LLMEngine.step` while every request decodes: one forward pas
 sampled; the prefill and the first steps are left out. In eager mode both sides are timed in one process, in `--turns`
 turns of a burst with the patches and a burst after `remove_gems_patches_from_vllm()`, which leaves vLLM's own objects:
 host time on a shared machine drifts by more, from one process to the next, than what is to be measured. A burst counts
-by its median, a side by the median of its bursts. Compiled code cannot change sides, so there a process is a burst.
+by its median, a side by the median of its bursts. Compiled code cannot change sides: there each side has a process,
+they take turns too, and start beside each other as far as the GPU's memory goes.
 
 Before anything is timed, the first round decodes a fixed sequence of tokens, the same in every process, and keeps the
 logits of every step: at batch 1, 32 and 72; at batch 1 for 200 steps, of a prompt whose prefix is cached ("long"); and
@@ -39,7 +40,8 @@ that no other reads. 256 requests of 4096 tokens take 33 GB of cache in DeepSeek
 default.
 
 The exit status is 1 if logits or hits are not as they should be. Start-up is from the start of the process to an
-engine that is ready; the first process of a run fills caches for the others, so the least of each side counts.
+engine that is ready, beside others that start; the first processes of a run fill caches for later ones, so the least of
+each side counts.
 
 On a CPU, `--model tiny --batches 1,4` tries this program out, on vLLM's FlashAttention backend (tools/flash_on_cpu.py),
 and `--model tiny-deepseek --batches 1,4 --no-reference` on its Triton MLA backend: stock vLLM rotates these queries
@@ -49,6 +51,7 @@ wrongly on a CPU, in float32 too.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import importlib
@@ -67,6 +70,8 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +110,9 @@ _FLOAT8_BLOCK, _FLOAT8_SIZE = 128, 112.0
 _BLOCK = 64
 # Engines that only decode for comparison run beside each other if their weights fit into this.
 _BESIDE_BYTES = 66 << 30
+# What an engine that is timed takes beside weights and KV cache, and how much of the memory all may take together.
+_BESIDE_WEIGHTS = 7 << 29
+OF_THE_MEMORY = 0.97
 
 # What the engine is told in each mode.
 MODES: dict[str, dict[str, Any]] = {"eager": {"enforce_eager": True}, "compiled": {}}
@@ -460,9 +468,14 @@ def child(spec: dict[str, Any]) -> None:
         for context in spec["contexts"]
         for batch in spec["batches"]
     }
-    for name, burst in bursts.items() if spec["timed"] else ():
-        result["ms"][name] = burst()
-        print(f"{name}: {statistics.median(result['ms'][name]):.2f} ms per step", flush=True)
+    for burst in bursts.values() if spec["timed"] else ():  # the first is slower
+        burst()
+    asked = Connection(spec["asked"])
+    asked.send("ready")
+    for name in iter(asked.recv, ""):  # one burst at a time, while every other process waits
+        result["ms"].setdefault(name, []).append(round(statistics.median(bursts[name]()), 3))
+        print(f"{name}: {result['ms'][name][-1]} ms per step", flush=True)
+        asked.send(name)
     found = own_report()
     bursts |= {f"prefill {length}": functools.partial(prefill_ms, llm, spec, length) for length in spec["prefill"]}
     result["turns"], found = in_turns(bursts, spec["turns"]) if spec.get("turns") else ({}, found)
@@ -576,22 +589,88 @@ class ChildError(Exception):
     """A process came to no result."""
 
 
-def run_child(side: Side, name: str, spec: dict[str, Any], out: Path) -> dict[str, Any]:
-    """One process; its output goes to a log, its result comes back."""
-    spec = {**spec, "side": dataclasses.asdict(side), "name": name, "out": str(out), "started": time.time()}
-    command = [sys.executable, str(Path(__file__).resolve()), "--child", json.dumps(spec)]
-    log = out / f"{name}.log"
-    settings: dict[str, Any] = {"env": environment(side), "stderr": subprocess.STDOUT, "timeout": LONGEST_S}
-    try:
-        with log.open("w") as sink:
-            subprocess.run(command, stdout=sink, check=True, **settings)
-        result: dict[str, Any] = json.loads((out / f"{name}.json").read_text())
-    except (subprocess.SubprocessError, OSError) as error:
-        raise ChildError(f"{name}: {type(error).__name__}; the end of its log:\n{log.read_text()[-4000:]}") from error
-    steps = ", ".join(f"{point} {statistics.median(ms):.2f} ms" for point, ms in result["ms"].items())
-    seconds = time.time() - spec["started"]
-    print(f"{name}: started in {result['startup']:.1f} s, {seconds:.0f} s in all  {steps}", flush=True)
-    return result
+class Child:
+    """A process with an engine in it. Its output goes to a log; it does what it is asked, and its result comes back.
+
+    Raises ChildError where it came to no result. As a context it is at an end when that is left.
+    """
+
+    def __init__(self, side: Side, name: str, spec: dict[str, Any], out: Path) -> None:
+        self.name, self.spec, self.side, self.out = name, spec, side, out
+        self._log, self._started = out / f"{name}.log", time.time()
+        self._asked, theirs = Pipe()
+        told = {
+            **spec, "side": dataclasses.asdict(side), "name": name, "out": str(out), "started": self._started,
+            "asked": theirs.fileno(),
+        }  # fmt: skip
+        command = [sys.executable, str(Path(__file__).resolve()), "--child", json.dumps(told)]
+        with self._log.open("w") as sink, theirs:
+            self._process = subprocess.Popen(
+                command, stdout=sink, stderr=subprocess.STDOUT, env=environment(side), pass_fds=(theirs.fileno(),)
+            )
+
+    def __enter__(self) -> Child:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._process.poll() is None:
+            self._process.kill()
+            self._process.wait()
+        self._asked.close()
+
+    def _wait(self, what: Callable[[], Any]) -> Any:
+        try:
+            return what()
+        except (subprocess.SubprocessError, OSError, EOFError) as error:
+            end = self._log.read_text(errors="replace")[-4000:]
+            raise ChildError(f"{self.name}: {type(error).__name__}; the end of its log:\n{end}") from error
+
+    def answered(self) -> None:
+        """Wait until its engine has started, or it has done what it was asked."""
+
+        def answer() -> None:
+            if not self._asked.poll(LONGEST_S):
+                raise TimeoutError
+            self._asked.recv()
+
+        self._wait(answer)
+
+    def burst(self, point: str) -> None:
+        self._wait(lambda: self._asked.send(point))
+        self.answered()
+
+    def result(self) -> dict[str, Any]:
+        """Have it do the rest, if there is any, and end."""
+
+        def finished() -> str:
+            self._asked.send("")
+            if status := self._process.wait(LONGEST_S):
+                raise subprocess.CalledProcessError(status, self.name)
+            return (self.out / f"{self.name}.json").read_text()
+
+        result: dict[str, Any] = json.loads(self._wait(finished))
+        steps = ", ".join(f"{point} {statistics.median(ms):.2f} ms" for point, ms in result["ms"].items())
+        seconds = time.time() - self._started
+        print(f"{self.name}: started in {result['startup']:.1f} s, {seconds:.0f} s in all  {steps}", flush=True)
+        return result
+
+
+# (what is compared, its name, what its process is told)
+Told = tuple[Side, str, dict[str, Any]]
+
+
+def measured(processes: Iterable[Told], out: Path, points: Sequence[str], turns: int) -> dict[str, dict[str, Any]]:
+    """Results by process. They start beside each other; then one of them measures at a time, by turns."""
+    with contextlib.ExitStack() as stack:
+        children = [stack.enter_context(Child(*each, out)) for each in processes]
+        for child in children:
+            child.answered()
+        timed = [child for child in children if child.spec["timed"]]
+        for turn in range(turns):
+            for child in timed if turn % 2 else timed[::-1]:
+                for point in points:
+                    child.burst(point)
+        return {child.name: child.result() for child in children}
 
 
 def cache_bytes(model: Model, side: Side, spec: dict[str, Any]) -> int:
@@ -603,8 +682,30 @@ def cache_bytes(model: Model, side: Side, spec: dict[str, Any]) -> int:
         most, steps = max(spec["batches"]), WARMUP + spec["steps"] + 2
         waiting = sum(context for context in spec["contexts"] if context != PROMPT)
         # The least recently used blocks are taken first: those of three bursts come before those that wait.
-        tokens = max(tokens, most * (waiting + 3 * (PROMPT + steps + _BLOCK)), *spec["prefill"])
-    return max((8 if timed else 1) << 30, int(1.03 * model.cache_bytes(tokens, itemsize, side.absorbed)))
+        bursts = 3 if waiting else 1
+        tokens = max(tokens, most * (waiting + bursts * (PROMPT + steps + _BLOCK)), *spec["prefill"])
+    return max(1 << 30, int(1.03 * model.cache_bytes(tokens, itemsize, side.absorbed)))
+
+
+def memory_bytes() -> int:
+    """Of the first GPU, asked of the driver's tool, because vLLM must be the first to touch CUDA; or of the machine."""
+    if not has_gpu():
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    command = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
+    return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[0]) << 20
+
+
+def groups_of(needs: Sequence[int], room: int) -> list[list[int]]:
+    """Indices in their order, as many of them together as there is room for."""
+    found: list[list[int]] = []
+    free = 0
+    for index, need in enumerate(needs):
+        if not found or need > free:
+            found.append([])
+            free = room
+        found[-1].append(index)
+        free -= need
+    return found
 
 
 def run_all(args: argparse.Namespace, model: Model, out: Path) -> dict[str, dict[str, Any]]:
@@ -627,10 +728,12 @@ def run_all(args: argparse.Namespace, model: Model, out: Path) -> dict[str, dict
     }
     results: dict[str, dict[str, Any]] = {}
 
-    def run(side: Side, name: str, **more: Any) -> None:
+    def told(side: Side, **more: Any) -> dict[str, Any]:
         each = {**spec, "timed": False, "verify": verify_at, "turns": 0, **more}
-        cache = cache_bytes(model, side, each)
-        results[name] = run_child(side, name, {**each, "kv_cache_bytes": cache}, out)
+        return {**each, "kv_cache_bytes": cache_bytes(model, side, each)}
+
+    def run(side: Side, name: str, **more: Any) -> None:
+        results.update(measured([(side, name, told(side, **more))], out, (), 0))
 
     def compare_with_reference() -> None:
         try:
@@ -638,9 +741,9 @@ def run_all(args: argparse.Namespace, model: Model, out: Path) -> dict[str, dict
         except ChildError as error:  # what was timed is worth keeping; the record says what is missing
             print(error, flush=True)
 
-    # What only decodes for comparison runs beside others of its kind, what is timed runs alone.
+    # What only decodes for comparison runs beside others of its kind, what is timed measures alone.
     beside: list[tuple[Callable[..., None], tuple[Any, ...]]] = []
-    alone: list[tuple[Side, str, dict[str, Any]]] = []
+    alone: list[Told] = []
     for turn in range(args.rounds if args.times else 1):
         for mode in args.modes:
             for side in sides_of(mode, args.attention):
@@ -648,27 +751,31 @@ def run_all(args: argparse.Namespace, model: Model, out: Path) -> dict[str, dict
                 by_turns = mode == "eager" and args.turns > 0
                 if args.times and (side.gems or not by_turns):
                     turns = args.turns if by_turns and turn == 0 else 0
-                    alone.append((side, name, {"timed": not by_turns, "verify": verify, "turns": turns}))
+                    alone.append((side, name, told(side, timed=not by_turns, verify=verify, turns=turns)))
                 elif verify:
                     beside.append((run, (side, name)))
     if args.reference and verify_at:
         beside.append((compare_with_reference, ()))
     for side in map(compiled_side, args.against_compiled if args.times else ()):
-        alone.append((side, f"{side.name}-0", {"timed": True, "verify": []}))
+        alone.append((side, f"{side.name}-0", told(side, timed=True, verify=[])))
     # float32 counts twice.
     fit = has_gpu() and (len(beside) + 1) * model.weight_bytes(2) <= _BESIDE_BYTES
     with ThreadPoolExecutor(None if fit else 1) as pool:
         for future in [pool.submit(function, *arguments) for function, arguments in beside]:
             future.result()
-    for side, name, more in alone:
-        run(side, name, **more)
+    alone.sort(key=lambda process: process[0].mode == "eager")  # sides that take turns stay together
+    needs = [model.weight_bytes(2) + each["kv_cache_bytes"] + _BESIDE_WEIGHTS for _, _, each in alone]
+    points = [label(batch, context) for context in args.context for batch in args.batches]
+    for group in groups_of(needs, int(OF_THE_MEMORY * memory_bytes())):
+        print(f"beside each other: {', '.join(alone[index][1] for index in group)}", flush=True)
+        results.update(measured([alone[index] for index in group], out, points, max(1, args.turns)))
     return results
 
 
-def medians(results: dict[str, dict[str, Any]], side: Side, point: str) -> list[float]:
-    """Of every process of one side, in the order in which they ran."""
+def bursts_of(results: dict[str, dict[str, Any]], side: Side, point: str) -> list[float]:
+    """Of every process of one side, in the order in which they ran: the median step of each burst."""
     of_side = [result for name, result in results.items() if name.rpartition("-")[0] == side.name]
-    return [round(statistics.median(result["ms"][point]), 3) for result in of_side]
+    return [ms for result in of_side for ms in result["ms"][point]]
 
 
 def rows_of(model: Model, args: argparse.Namespace, results: dict[str, Any]) -> list[dict[str, Any]]:
@@ -676,11 +783,11 @@ def rows_of(model: Model, args: argparse.Namespace, results: dict[str, Any]) -> 
     for mode, context, batch in itertools.product(args.modes, args.context, args.batches):
         point, sides = label(batch, context), sides_of(mode)
         turns = results[f"{sides[1].name}-0"]["turns"].get(point)
-        stock, ours = (turns["stock"], turns["ours"]) if turns else (medians(results, side, point) for side in sides)
+        stock, ours = (turns["stock"], turns["ours"]) if turns else (bursts_of(results, side, point) for side in sides)
         against = {"stock": round(statistics.median(stock), 3)}
         for attention in args.against_compiled:
             name = "stock_compiled" + ("" if attention == "auto" else f"_{attention.lower()}")
-            against[name] = round(statistics.median(medians(results, compiled_side(attention), point)), 3)
+            against[name] = round(statistics.median(bursts_of(results, compiled_side(attention), point)), 3)
         case = {"model": model.title, "mode": mode, "batch": batch}
         if context != PROMPT:
             case["context"] = context
@@ -690,6 +797,10 @@ def rows_of(model: Model, args: argparse.Namespace, results: dict[str, Any]) -> 
                 "unit": "ms/step",
                 "ours": round(statistics.median(ours), 3),
                 "against": against,
+                "tokens_per_s": {
+                    side: round(1e3 * batch / statistics.median(ms), 1)
+                    for side, ms in (("ours", ours), ("stock", stock))
+                },
                 "turns": {"ours": ours, "stock": stock},
             }
         )
@@ -765,7 +876,12 @@ def tell(rows: list[dict[str, Any]], accuracy: list[dict[str, Any]]) -> None:
     for row in rows:
         ratio = row["ours"] / row["against"]["stock"]
         case = ", ".join(str(value) for value in row["case"].values())
-        print(f"{case}: {row['ours']:.2f} {row['unit']}, {row['against']}, ratio {ratio:.3f}")
+        turns = [ours / stock for ours, stock in zip(*(row["turns"][side] for side in ("ours", "stock")), strict=True)]
+        median = statistics.median(turns)
+        print(
+            f"{case}: {row['ours']:.2f} {row['unit']}, {row['against']}, ratio {ratio:.3f},"
+            f" of a turn {median:.3f} ({min(turns):.3f} to {max(turns):.3f})"
+        )
     for each in accuracy:
         keys = ("ours_to_stock", "ours_to_float32", "stock_to_float32")
         told = {key: each[key]["relative_frobenius"] for key in keys if key in each}
@@ -829,7 +945,7 @@ def main() -> int:
     return 1 if problems else 0
 
 
-def _numbers(text: str) -> list[int]:
+def numbers(text: str) -> list[int]:
     return [int(part) for part in text.split(",")]
 
 
@@ -837,12 +953,12 @@ def _names(text: str) -> list[str]:
     return text.split(",")
 
 
-def _modes(text: str) -> list[str]:
-    modes = text.split(",")
-    for mode in modes:
+def modes(text: str) -> list[str]:
+    found = text.split(",")
+    for mode in found:
         if mode not in MODES:
             raise argparse.ArgumentTypeError(f"{mode!r} is not one of {', '.join(MODES)}")
-    return modes
+    return found
 
 
 def parse() -> argparse.Namespace:
@@ -851,18 +967,21 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--layers", type=int, help="cut the model to this many layers")
     parser.add_argument("--experts", type=int, help="cut the layers to this many routed experts")
     parser.add_argument("--attention", default="", help="vLLM's attention backend for both sides; default: its choice")
-    parser.add_argument("--batches", type=_numbers, default=[1, 32, 256])
-    parser.add_argument("--context", type=_numbers, default=[PROMPT], help="tokens of the prompts of timed steps")
+    parser.add_argument("--batches", type=numbers, default=[1, 32, 256])
+    parser.add_argument("--context", type=numbers, default=[PROMPT], help="tokens of the prompts of timed steps")
     parser.add_argument("--steps", type=int, default=32, help="timed steps per process and batch size")
-    parser.add_argument("--modes", type=_modes, default=["eager"], help=f"of {', '.join(MODES)}")
+    parser.add_argument("--modes", type=modes, default=["eager"], help=f"of {', '.join(MODES)}")
     parser.add_argument("--rounds", type=int, default=1, help="processes of each side")
-    parser.add_argument("--turns", type=int, default=8, help="bursts of each side in eager mode; 0: none")
+    parser.add_argument(
+        "--turns", type=int, default=8,
+        help="bursts of each side; 0: in eager mode, too, each side has a process, and one burst",
+    )  # fmt: skip
     parser.add_argument(
         "--against-compiled", type=_names, nargs="?", default=[], const=["auto"], metavar="BACKEND,...",
         help="stock vLLM in its default mode, too, with each of these attention backends; auto: the one it chooses",
     )  # fmt: skip
     parser.add_argument("--few-graphs", action="store_true", help="compiled engines capture the timed batch sizes only")
-    parser.add_argument("--prefill", type=_numbers, default=[], help="time prefills of prompts of so many tokens, too")
+    parser.add_argument("--prefill", type=numbers, default=[], help="time prefills of prompts of so many tokens, too")
     parser.add_argument("--no-logits", dest="logits", action="store_false", help="no comparison of logits; times only")
     parser.add_argument("--no-times", dest="times", action="store_false", help="nothing is timed; logits only")
     parser.add_argument("--no-reference", dest="reference", action="store_false", help="no comparison with float32")

@@ -19,7 +19,7 @@ from standin import Launch, Standin, install
 
 from vllm_gems import launch, replay
 from vllm_gems.catalog import catalog
-from vllm_gems.errors import Refused
+from vllm_gems.errors import LateCompileError, Refused
 from vllm_gems.launch import Build, launcher
 
 # Before anything asks Triton for its driver, which it keeps.
@@ -226,6 +226,37 @@ def test_nothing_is_compiled_during_a_capture(standin: Standin) -> None:
     before = standin.loaded
     assert by(launcher(ONE, 0), 3, args) == expected
     assert standin.loaded == before
+
+
+def test_compilations_are_noted_and_told_as_tritons_own_are(
+    standin: Standin, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launch, "COMPILED", [])
+    launcher(ONE, 0)
+    told: list[dict[str, Any]] = []
+    monkeypatch.setattr(triton.knobs.runtime, "jit_post_compile_hook", lambda **about: told.append(about))
+    launcher(ONE, 0)
+    assert (len(launch.COMPILED), told) == (1, [])
+    ONE.function.device_caches.clear()  # of what other tests had Triton compile
+    by_triton(ONE, 3, arguments(ONE))
+    launcher(ONE, 1)
+    early, late = launch.COMPILED
+    assert (early.late, late.late, early.name, late.name) == (False, True, *2 * [ONE.function.__name__])
+    assert early.at <= late.at
+    tritons, ours = told[-2:]
+    assert set(ours) == set(tritons)
+    assert (ours["fn"].name.split(".")[-1], ours["fn"].module) == (ONE.function.__name__, tritons["fn"].module)
+
+
+def test_whoever_forbids_compilations_stops_them(standin: Standin, monkeypatch: pytest.MonkeyPatch) -> None:
+    def forbid(**about: Any) -> None:
+        raise RuntimeError(f"{about['fn'].name} during inference")
+
+    monkeypatch.setattr(triton.knobs.runtime, "jit_post_compile_hook", forbid)
+    with pytest.raises(LateCompileError, match=f"{ONE.function.__name__} during inference"):
+        launcher(ONE, 0)
+    with pytest.raises(LateCompileError):
+        launcher(ONE, 0)
 
 
 def test_threads_share_one_compilation(standin: Standin) -> None:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from test_kernels import DEVICE
 
-from vllm_gems import replay
+from vllm_gems import launch, replay
 from vllm_gems.errors import Refused
 from vllm_gems.kernels import mla_decode
 from vllm_gems.kernels.mla_rope_and_cache import mla_rope_and_cache_reference
@@ -144,6 +144,11 @@ class Model:
         self.context.attn_metadata, self.context.slot_mapping = {name: self.metadata}, {name: self.slots}
         return self.layer(self.positions, self.hidden, *args)
 
+    def idle(self) -> Any:
+        """A pass without requests."""
+        self.context.attn_metadata = self.context.slot_mapping = None
+        return self.layer(self.positions, self.hidden)
+
     def expected(self) -> tuple[torch.Tensor, torch.Tensor]:
         """(what the block returns, the cache after it) in float64."""
         layer, x = self.layer, self.hidden.double()
@@ -193,6 +198,25 @@ def test_a_decode_step_is_right(
         assert_right(model, model.call(), expected)
     assert torch.equal(model.hidden, hidden)
     assert (model.site.hits, model.site.by_layer, model.site.declined) == (2, {"layers.0.attn": 2}, {})
+
+
+def test_warm_up_compiles_what_decode_steps_need(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a pass without requests, as soon as there is a KV cache; and then nothing more."""
+    # Sizes whose rows are aligned, as real ones are, and none of another test.
+    for name, size in {"HIDDEN": 48, "NOPE": 32, "VALUE": 48, "HEAD": 48, "WIDTH": 48, "PAGE": 8}.items():
+        monkeypatch.setitem(globals(), name, size)
+    model = Model(monkeypatch)
+    attn, counts = model.layer.mla_attn, []
+    kv_cache, attn.kv_cache = attn.kv_cache, attn.kv_cache[:0]
+    for cache in (attn.kv_cache, attn.kv_cache, kv_cache, kv_cache):
+        attn.kv_cache = cache
+        assert model.idle() == "the original"
+        counts.append(len(launch.COMPILED))
+    assert counts[0] == counts[1] < counts[2] == counts[3]
+    expected = model.expected()
+    assert_right(model, model.call(), expected)
+    assert len(launch.COMPILED) == counts[3]
+    assert (model.site.hits, model.site.errors) == (1, 0)
 
 
 @pytest.mark.parametrize("name", ["W_UK_T", "W_UV", "o_proj", "kv_a_layernorm"])

@@ -18,7 +18,7 @@ import toy
 from children import in_child
 
 from vllm_gems import seams, sites
-from vllm_gems.errors import DriftError, NotBoundError, Refused
+from vllm_gems.errors import DriftError, LateCompileError, NotBoundError, Refused
 from vllm_gems.nouns import State
 from vllm_gems.patcher import Patcher
 from vllm_gems.policy import Policy
@@ -347,7 +347,7 @@ def test_a_kernel_that_raises_is_replaced_by_the_original(when: str, caplog: pyt
     in_child(check)
 
 
-def test_strict_and_out_of_memory_pass_through() -> None:
+def test_strict_out_of_memory_and_forbidden_compilations_pass_through() -> None:
     def check(error: Exception, strict: bool) -> None:
         module = importlib.import_module(MODULE)
         patcher = toy.patcher(toy.patch("toy.layer", "layer", failing(error, "call")))
@@ -358,6 +358,7 @@ def test_strict_and_out_of_memory_pass_through() -> None:
 
     in_child(check, ValueError("boom"), True)
     in_child(check, torch.OutOfMemoryError("full"), False)
+    in_child(check, LateCompileError("kernel", "not now."), False)
 
 
 def test_a_refused_call_goes_to_the_original_with_its_reason() -> None:

@@ -40,7 +40,7 @@ def test_json_round_trip(tmp_path: pathlib.Path) -> None:
     assert path.name == "1.json"
     assert list(tmp_path.iterdir()) == [path]
     data = json.loads(path.read_text())
-    keys = ["vllm_gems", "vllm", "torch", "triton", "device", "pid", "rank", "mode", "rows", "tuned"]
+    keys = ["vllm_gems", "vllm", "torch", "triton", "device", "pid", "rank", "mode", "rows", "tuned", "compiled"]
     assert list(data) == keys
     fields = {field.name for field in dataclasses.fields(Row)}
     assert all(set(row) == fields for row in data["rows"])
@@ -97,3 +97,14 @@ def test_measured_configurations_are_told() -> None:
     assert Report.from_json(json.loads(json.dumps(found.to_json()))) == found
     other = dataclasses.replace(report(pid=2), tuned={"linear": {**state, "missing": ["1x1 16"]}})
     assert merge([found, other]).tuned == {"linear": {**state, "missing": ["1x1 16", "4096x6144 16"]}}
+
+
+def test_what_was_compiled_after_warm_up_is_a_problem() -> None:
+    early = {"number": 40, "seconds": 12.5, "last": 100.0, "late": {}}
+    late = {"number": 2, "seconds": 0.25, "last": 90.0, "late": {"_linear_kernel": 2}}
+    assert dataclasses.replace(report(), compiled=early).text() == report().text()
+    whole = merge([dataclasses.replace(report(pid=pid), compiled=each) for pid, each in enumerate((early, late, {}))])
+    assert whole.compiled == {"number": 42, "seconds": 12.75, "last": 100.0, "late": {"_linear_kernel": 2}}
+    assert whole.text().splitlines()[-1] == "compiled after warm-up: _linear_kernel 2"
+    assert whole.problems()[-1] == "compiled after warm-up: _linear_kernel 2"
+    assert Report.from_json(json.loads(json.dumps(whole.to_json()))) == whole

@@ -64,7 +64,7 @@ ALLOWED = {
         ".sites", ".tuned",
     },
     "binders": {".probes", ".nouns", ".sites", ".worlds"},
-    "ops": {".nouns"},
+    "ops": {".errors", ".nouns"},
     "standalone": {".aten", ".catalog", ".ops", ".patches"},
     "hookspecs": {".nouns"},
     "catalog": {".errors", ".hookspecs", ".kernels", ".nouns", ".patches", ".seams"},

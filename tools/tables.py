@@ -32,9 +32,14 @@ def gpus() -> list[str]:
     return sorted(path.name for path in RESULTS.glob("*") if path.is_dir() and path.name != "cpu")
 
 
-def load(name: str) -> list[Record]:
-    """The records called `name`, of every GPU that has one."""
-    return [json.loads(path.read_text()) for path in sorted(RESULTS.glob(f"*/{name}.json"))]
+# Tables of several records, one for each model.
+GATHERED = {"serve_modes": "serve_modes_*", "serving": "serving_*"}
+
+
+def load(name: str) -> list[dict[str, Record]]:
+    """The records of the table called `name`, by their own names, for every GPU that has any."""
+    found = [sorted((RESULTS / gpu).glob(f"{GATHERED.get(name, name)}.json")) for gpu in gpus()]
+    return [{path.stem: json.loads(path.read_text()) for path in paths} for paths in found if paths]
 
 
 def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -198,6 +203,35 @@ def serve_compiled(record: Record) -> str:
     return markdown((*head, "ratio to the fastest"), rows)
 
 
+def serve_modes(record: Record) -> str:
+    """Tokens per second of decode steps in each of vLLM's modes."""
+    rows = []
+    for row in record["rows"]:
+        case, turns = row["case"], row["turns"]
+        if "prefill" in case:
+            continue
+        gains = [stock / ours for ours, stock in zip(turns["ours"], turns["stock"], strict=True)]
+        speeds = (f"{row['tokens_per_s'][side]:.0f}" for side in ("stock", "ours"))
+        gain = f"{statistics.median(gains):.2f} ({min(gains):.2f} to {max(gains):.2f})"
+        rows.append((str(case["model"]), _MODES[case["mode"]], str(case["batch"]), *speeds, gain))
+    head = ("model", "mode", "batch", "vLLM, tokens/s", "with vllm-gems", "gain of a turn, median (range)")
+    return markdown(head, rows)
+
+
+_MODES = {"compiled": "default", "eager": "eager"}
+
+
+def serving(record: Record) -> str:
+    """What vLLM's own client measures of `vllm serve`, without and with the plugin."""
+    rows = []
+    for row in record["rows"]:
+        case, stock = row["case"], row["against"]["stock"]
+        ratio = row["ours"] / stock
+        values = (f"{stock:.{row['digits']}f}", f"{row['ours']:.{row['digits']}f}")
+        rows.append((str(case["model"]), _MODES[case["mode"]], str(case["measured"]), *values, f"{ratio:.3f}"))
+    return markdown(("model", "mode", "measured", "vLLM", "with vllm-gems", "ratio"), rows)
+
+
 def default_overrides(record: Record) -> str:
     """The overloads that `enable()` takes here: host and GPU time of both sides at each number of tokens."""
     measured = json.loads(speedups(gpu_slug(record["gpu"])))["speedup"]
@@ -250,6 +284,8 @@ TABLES: dict[str, Callable[[Record], str]] = {
     "serve_eager_deepseek": serve_eager,
     "serve_eager_deepseek_v3": serve_eager,
     "serve_compiled_deepseek_v3": serve_compiled,
+    "serve_modes": serve_modes,
+    "serving": serving,
     "aten": default_overrides,
     "model_accuracy": model_accuracy,
     "pretune": pretune,
@@ -265,12 +301,18 @@ TABLES: dict[str, Callable[[Record], str]] = {
 def rendered(name: str) -> str:
     """The tables of every record called `name`, each under a line that says where it comes from."""
     parts = []
-    for record in load(name):
-        versions = record["versions"]
-        where = f"{record['gpu']}, vLLM {versions['vllm']}, PyTorch {versions['torch']}, Triton {versions['triton']}"
-        source = f"`{name}.json`, {record['date']}, commit {record['commit'][:10]}"
-        switches = "".join(f", `{name}={value}`" for name, value in record.get("environment", {}).items())
-        parts.append(f"{where}{switches} ({source}):\n\n{TABLES[name](record)}")
+    for records in load(name):
+        first, *_ = records.values()
+        versions, switched = first["versions"], first.get("environment", {})
+        if any((each["versions"], each.get("environment", {})) != (versions, switched) for each in records.values()):
+            raise ValueError(f"the records of {name} were made with different versions or switches")
+        where = f"{first['gpu']}, vLLM {versions['vllm']}, PyTorch {versions['torch']}, Triton {versions['triton']}"
+        source = "; ".join(
+            f"`{stem}.json`, {each['date']}, commit {each['commit'][:10]}" for stem, each in records.items()
+        )
+        switches = "".join(f", `{name}={value}`" for name, value in switched.items())
+        whole = {**first, "rows": [row for each in records.values() for row in each["rows"]]}
+        parts.append(f"{where}{switches} ({source}):\n\n{TABLES[name](whole)}")
     return "\n\n".join(parts) or "Not measured yet."
 
 

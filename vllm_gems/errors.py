@@ -57,3 +57,13 @@ class NoDeviceError(GemsError, RuntimeError):
             f"no Triton kernel can run on {device!r} here; put the tensors on a GPU, or set TRITON_INTERPRET=1 before "
             "the first import of triton to run the kernels in its interpreter (slow, for tests)."
         )
+
+
+class LateCompileError(GemsError, RuntimeError):
+    """A kernel was compiled when compilations were forbidden; passes through to who forbade them, as vLLM's would."""
+
+    def __init__(self, kernel: str, why: str) -> None:
+        super().__init__(
+            f"{kernel} was compiled after warm-up: {why} Exclude the patch whose kernel it is, or serve without "
+            "--jit-monitor-mode=error; and please report it, because kernels should be ready by then."
+        )

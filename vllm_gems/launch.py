@@ -10,6 +10,7 @@ current device. Those, an unknown Triton release, the interpreter and backends w
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,9 +20,10 @@ from typing import Any, NamedTuple, TypeGuard
 import torch
 import triton
 from triton.compiler import ASTSource
+from triton.runtime.jit import JitFunctionInfo
 
 from . import interpreter, policy
-from .errors import NoDeviceError, Refused
+from .errors import LateCompileError, NoDeviceError, Refused
 
 INTERPRETED = policy.triton_interpreted()
 if INTERPRETED:
@@ -61,6 +63,7 @@ def recording_on(tape: Any) -> Iterator[None]:
 def recording() -> Any:
     """The tape of this thread, or None."""
     return _TAPES.get(threading.get_ident()) if _TAPES else None
+
 
 _TYPES = {
     torch.float16: "fp16",
@@ -313,11 +316,25 @@ _LAUNCHES: dict[tuple[Build, int], Launch] = {}
 _LOCK = threading.RLock()
 
 
+class Compiled(NamedTuple):
+    """A kernel that this process made ready to launch: compiled, or loaded from Triton's cache."""
+
+    name: str
+    at: float  # the time when it was ready, as of time.time()
+    seconds: float  # that it took
+    late: bool  # somebody wanted to know of compilations by then, as vLLM does when it has warmed up
+
+
+# Every kernel of this process, in the order in which they were made ready.
+COMPILED: list[Compiled] = []
+
+
 def launcher(build: Build, device: int) -> Launch:
     """The way to launch `build` on `device`, compiled and loaded if it was not.
 
     Raises Refused while a CUDA graph is being captured and the kernel is not compiled yet: compiling would break the
-    capture. Raises NoDeviceError for CPU tensors outside the interpreter.
+    capture. Raises NoDeviceError for CPU tensors outside the interpreter, and LateCompileError if who wants to know of
+    compilations does not allow this one.
     """
     key = (build, device)
     found = _LAUNCHES.get(key)
@@ -325,8 +342,28 @@ def launcher(build: Build, device: int) -> Launch:
         return found
     with _LOCK:
         if key not in _LAUNCHES:
-            _LAUNCHES[key] = _make(build, device)
+            _LAUNCHES[key] = _noted(build, device)
         return _LAUNCHES[key]
+
+
+def _noted(build: Build, device: int) -> Launch:
+    """`_make`, counted, and told to the hook that Triton calls after compilations of its own.
+
+    vLLM's JIT monitor is such a hook. It never hears of kernels that are compiled past `kernel[grid]`.
+    """
+    began = time.time()
+    launch = _make(build, device)
+    hook, name, ready = triton.knobs.runtime.jit_post_compile_hook, build.function.__name__, time.time()
+    COMPILED.append(Compiled(name, ready, ready - began, hook is not None))
+    if hook is not None:
+        about = JitFunctionInfo(build.function.__module__, name, build.function)
+        signature = dict(zip(build.function.arg_names, build.types, strict=False))
+        known = {"signature": signature, "constants": dict(build.constexprs), **build.options()}
+        try:
+            hook(key=str(build), repr=name, fn=about, compile=known, is_manual_warmup=False, already_compiled=False)
+        except Exception as error:
+            raise LateCompileError(name, str(error)) from error
+    return launch
 
 
 def _make(build: Build, device: int) -> Launch:

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from .errors import LateCompileError
 from .nouns import Kernel
 
 logger = logging.getLogger("vllm_gems")
@@ -45,7 +46,7 @@ def _implementation(kernel: Kernel) -> Callable[..., Any]:
     def run(*args: Any, **kwargs: Any) -> Any:
         try:
             result = kernel.op(*args, **kwargs)
-        except torch.OutOfMemoryError:
+        except (torch.OutOfMemoryError, LateCompileError):
             raise
         except Exception:
             if not FALLBACKS[kernel.name]:

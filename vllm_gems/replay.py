@@ -234,8 +234,10 @@ def bind(
     library functions that know of `recording()`. memory(nbytes) -> the address of so many bytes, aligned to 256, that
     stay its own until the last of its launches.
 
-    Raises what `launches` raises; then nothing was launched.
+    What makes launches in C is compiled now, if it never was. run raises what `launches` raises; then nothing was
+    launched.
     """
+    _driver()
     raw_stream = launching.raw_streams(device)
     ready = launching.readiness(device)
     recordings: dict[Any, _Recording] = {}

@@ -25,7 +25,9 @@ class Report:
     JSON keys are stable: "vllm_gems", "vllm", "torch", "triton", "device", "pid" (a list when merged), "rank", "mode",
     "rows", each row with the fields of `nouns.Row`, and "tuned": by kernel, how many measured configurations were
     "found", how many of these are "borrowed" (shipped, and measured with other versions or on another GPU of the kind),
-    which keys were "missing", and those of what was "stale", by reason.
+    which keys were "missing", and those of what was "stale", by reason; and "compiled": how many kernels were made
+    ready to launch ("number"), in how many "seconds", "last" at which time, and how often each that was "late", when
+    vLLM had warmed up and its JIT monitor watched.
     """
 
     rows: tuple[Row, ...]
@@ -35,6 +37,7 @@ class Report:
     rank: str
     mode: str
     tuned: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
+    compiled: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @classmethod
     def of_process(cls, rows: tuple[Row, ...], rank: str = "0") -> Report:
@@ -49,6 +52,7 @@ class Report:
             rank=rank,
             mode=_mode(rows),
             tuned=configurations.states(),
+            compiled=_compiled(),
         )
 
     @classmethod
@@ -68,7 +72,8 @@ class Report:
         rows = tuple(Row(**{**row, "state": State(row["state"])}) for row in data["rows"])
         versions = {name: data[name] for name in ("vllm_gems", "vllm", "torch", "triton")}
         pid = data["pid"] if isinstance(data["pid"], list) else [data["pid"]]
-        return cls(rows, versions, data["device"], tuple(pid), data["rank"], data["mode"], data.get("tuned", {}))
+        rest = data.get("tuned", {}), data.get("compiled", {})
+        return cls(rows, versions, data["device"], tuple(pid), data["rank"], data["mode"], *rest)
 
     def to_json(self) -> dict[str, Any]:
         rows = [{**dataclasses.asdict(row), "state": str(row.state)} for row in self.rows]
@@ -81,6 +86,7 @@ class Report:
             "mode": self.mode,
             "rows": rows,
             "tuned": {kernel: dict(state) for kernel, state in self.tuned.items()},
+            "compiled": dict(self.compiled),
         }
 
     def write(self, folder: str | os.PathLike[str]) -> pathlib.Path:
@@ -93,7 +99,7 @@ class Report:
         return path
 
     def problems(self) -> list[str]:
-        """What `vllm-gems check` objects to: asked for and not bound, failed, or bound and never hit."""
+        """What `vllm-gems check` objects to: asked for and not bound, failed, or bound and never hit; compiled late."""
         found = []
         ran = any(row.hits for row in self.rows)
         for row in self.rows:
@@ -103,7 +109,7 @@ class Report:
                 found.append(f"{row.patch} was asked for and is {row.state}: {row.why}")
             elif row.wanted and ran and row.hits == 0:
                 found.append(f"{row.patch} was asked for and never hit{': ' + row.why if row.why else ''}")
-        return found
+        return [*found, *_late(self.compiled)]
 
     def text(self, everything: bool = True) -> str:
         """The table; without `everything`, only patches that are in place or should be."""
@@ -112,7 +118,8 @@ class Report:
         for row in rows:
             speedup = "" if row.speedup is None else f"{row.speedup:.1f}x"
             cells.append((row.patch, str(row.state), row.where, str(row.hits), speedup, _remarks(row)))
-        return "\n".join([self._head(), *_columns(cells, right={3, 4}), *map(_configurations, self.tuned.items())])
+        ends = [*map(_configurations, self.tuned.items()), *_late(self.compiled)]
+        return "\n".join([self._head(), *_columns(cells, right={3, 4}), *ends])
 
     def _head(self) -> str:
         versions = "  ".join(f"{name.replace('_', '-')} {value or '-'}" for name, value in self.versions.items())
@@ -147,7 +154,14 @@ def merge(reports: Sequence[Report]) -> Report:
     busiest = max(reports, key=lambda report: sum(row.hits for row in report.rows))
     ranks = sorted({report.rank for report in reports if any(row.hits for row in report.rows)})
     pids = tuple(pid for report in reports for pid in report.pid)
-    return dataclasses.replace(busiest, rows=tuple(rows), pid=pids, rank=",".join(ranks) or "-", tuned=_tuned(reports))
+    return dataclasses.replace(
+        busiest,
+        rows=tuple(rows),
+        pid=pids,
+        rank=",".join(ranks) or "-",
+        tuned=_tuned(reports),
+        compiled=_together([report.compiled for report in reports if report.compiled]),
+    )
 
 
 def _tuned(reports: Iterable[Report]) -> dict[str, Mapping[str, Any]]:
@@ -158,6 +172,38 @@ def _tuned(reports: Iterable[Report]) -> dict[str, Mapping[str, Any]]:
             before = merged[kernel]["missing"] if kernel in merged else []
             merged[kernel] = {**state, "missing": sorted({*before, *state["missing"]})}
     return merged
+
+
+def _compiled() -> dict[str, Any]:
+    """Of this process, if it has launched anything."""
+    launch = sys.modules.get(f"{__package__}.launch")
+    if launch is None or not launch.COMPILED:
+        return {}
+    every = launch.COMPILED
+    late: dict[str, int] = {}
+    for each in every:
+        if each.late:
+            late[each.name] = late.get(each.name, 0) + 1
+    seconds = round(sum(each.seconds for each in every), 3)
+    return {"number": len(every), "seconds": seconds, "last": every[-1].at, "late": late}
+
+
+def _together(compiled: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    if not compiled:
+        return {}
+    return {
+        "number": sum(each["number"] for each in compiled),
+        "seconds": round(sum(each["seconds"] for each in compiled), 3),
+        "last": max(each["last"] for each in compiled),
+        "late": _added(each["late"] for each in compiled),
+    }
+
+
+def _late(compiled: Mapping[str, Any]) -> list[str]:
+    """A line if something was compiled while vLLM served."""
+    late = compiled.get("late", {})
+    names = ", ".join(f"{name} {count}" for name, count in late.items())
+    return [f"compiled after warm-up: {names}"] if late else []
 
 
 def _added(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:

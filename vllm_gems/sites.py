@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from .errors import Refused, Unsettled
+from .errors import LateCompileError, Refused, Unsettled
 
 logger = logging.getLogger("vllm_gems")
 
@@ -50,9 +50,9 @@ class Site:
         """Our side raised: the original takes over from this call on, and the log says so once.
 
         Out of memory is the machine's state and not the kernel's fault; it passes through, as do all errors in strict
-        mode.
+        mode, and what whoever forbade compilations wants to be stopped by.
         """
-        if self.strict or isinstance(error, torch.OutOfMemoryError):
+        if self.strict or isinstance(error, (torch.OutOfMemoryError, LateCompileError)):
             raise error
         self.errors += 1
         if not self.failure:

@@ -1,4 +1,4 @@
-"""What happens around a settled decoder layer, in one engine: hooks, new weights, undo, a failure. And top-p sampling.
+"""What happens around a settled decoder layer, in one engine: warm-up, hooks, new weights, undo, a failure. And top-p.
 
     python decoder_changes.py MODEL FOUND.json
 
@@ -7,7 +7,9 @@ In a process of its own, which test_decoder.py starts with the plugin on.
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import random
 import sys
 from pathlib import Path
 from typing import Any
@@ -62,7 +64,8 @@ def main() -> None:
             "why": after.why,
         }
 
-    found: dict[str, Any] = {"plain": tried() | {"passes": TOKENS}}
+    found: dict[str, Any] = {"ready": ready(llm)}
+    found["plain"] = tried() | {"passes": TOKENS}
 
     found["top_p"] = top_p()
 
@@ -101,6 +104,40 @@ def main() -> None:
     target.write_text(json.dumps(found, indent=1))
 
 
+def ready(llm: Any) -> dict[str, Any]:
+    """What is compiled while requests come and go, after a warm-up, with vLLM's JIT monitor as its workers have it."""
+    import triton
+    from vllm import SamplingParams
+    from vllm.utils import jit_monitor
+
+    import vllm_gems
+    from vllm_gems import launch
+    from vllm_gems.errors import LateCompileError
+
+    # With this a worker warms up when it has its KV caches. A CPU's does not.
+    llm.collective_rpc(lambda worker: worker.model_runner._dummy_run(4))
+    before = len(launch.COMPILED)
+    jit_monitor.HAS_TRITON = True  # vLLM does not know that there is an interpreter
+    jit_monitor.activate(mode="error")
+    numbers = random.Random(0)
+    for count in (1, 6):  # of which four at a time, so that prompts come while others decode
+        prompts = [{"prompt_token_ids": numbers.choices(range(500), k=numbers.randint(1, 9))} for _ in range(count)]
+        params = [SamplingParams(temperature=0.0, max_tokens=numbers.randint(2, 4), ignore_eos=True) for _ in prompts]
+        llm.generate(prompts, params, use_tqdm=False)
+    found = {
+        "at_start": before,
+        "late": [each.name for each in launch.COMPILED[before:]],
+        "hits": sum(row.hits for row in vllm_gems.report().rows if row.patch == PATCH),
+    }
+    try:
+        launch.launcher(dataclasses.replace(next(iter(launch._LAUNCHES))[0], num_warps=16), launch.CPU)
+    except LateCompileError as error:
+        found["forbidden"] = str(error)
+    found["report"] = vllm_gems.report().to_json()["compiled"]
+    triton.knobs.runtime.jit_post_compile_hook = None
+    return found
+
+
 def top_p() -> dict[str, Any]:
     """What the sampler calls against vLLM's own for small batches: rows that differ, hits, what was declined."""
     import torch
@@ -108,6 +145,7 @@ def top_p() -> dict[str, Any]:
     from vllm.v1.worker.gpu.sample import states
 
     import vllm_gems
+    from vllm_gems import launch
 
     torch.manual_seed(0)
     logits = 4 * torch.randn(6, 9000)
@@ -117,8 +155,14 @@ def top_p() -> dict[str, Any]:
     # By the name that the GPU's sampler has imported.
     got = states.apply_top_k_top_p(logits.clone(), None, p)
     states.apply_top_k_top_p(logits.clone(), torch.full((6,), 5), p)
+    # vLLM's warm-up of a sampler has both, and what comes later may have p alone.
+    wide = torch.randn(2, 9008)
+    states.apply_top_k_top_p(wide.clone(), torch.full((2,), 5), p[:2])
+    ready = len(launch.COMPILED)
+    states.apply_top_k_top_p(wide, None, p[:2])
     row = next(row for row in vllm_gems.report().rows if row.patch == "sampler.top_p")
     return {
+        "late": [each.name for each in launch.COMPILED[ready:]],
         "different": [index for index in range(6) if not torch.equal(got[index], wanted[index])],
         "hits": row.hits,
         "declined": dict(row.declined),

@@ -87,10 +87,21 @@ def changes(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, A
     folder = tmp_path_factory.mktemp("changes")
     script = str(Path(__file__).parent / "decoder_changes.py")
     command = [sys.executable, "-W", "ignore", script, str(tiny / "qwen2"), str(folder / "found.json")]
-    variables = environment(folder / "cache", **DECODER) | {"PYTHONPATH": str(ROOT / "tools")}
+    variables = environment(folder / "cache", **DECODER) | {"PYTHONPATH": f"{ROOT / 'tools'}:{ROOT}"}
     checked(command, folder / "log", variables)
     found: dict[str, Any] = json.loads((folder / "found.json").read_text())
     return found
+
+
+def test_nothing_is_compiled_after_warm_up(changes: dict[str, Any]) -> None:
+    """Whatever the batches; and vLLM's JIT monitor would have stopped it."""
+    ready = changes["ready"]
+    assert ready["late"] == []
+    assert ready["at_start"] > 0
+    assert ready["hits"] > 0
+    assert "during inference" in ready["forbidden"]
+    assert ready["report"]["number"] == ready["at_start"] + 1
+    assert sum(ready["report"]["late"].values()) == 1
 
 
 def test_a_hook_is_called_and_only_its_layer_stands_down(changes: dict[str, Any]) -> None:
@@ -117,7 +128,8 @@ def test_a_replaced_weight_is_used(changes: dict[str, Any]) -> None:
 
 def test_top_p_is_what_vllm_computes(changes: dict[str, Any]) -> None:
     assert changes["top_p"]["different"] == []
-    assert (changes["top_p"]["hits"], changes["top_p"]["declined"]) == (1, {"a top-k": 1})
+    assert (changes["top_p"]["hits"], changes["top_p"]["declined"]) == (2, {"a top-k": 2})
+    assert changes["top_p"]["late"] == []
 
 
 def test_undo_leaves_vllms_own_objects(changes: dict[str, Any]) -> None:

@@ -132,8 +132,13 @@ class Steps:
             raise
         return step
 
-    def follow(self, layer: Any, attention: Any) -> Callable[[Any], tuple[Step, Any]]:
+    def follow(
+        self, layer: Any, attention: Any, prepare: Callable[[Any], None]
+    ) -> Callable[[Any], tuple[Step, Any]]:
         """For a layer with vLLM's module `attention` in it: (positions) -> (the present step, the layer's KV cache).
+
+        prepare(KV cache) compiles what a decode step with it needs. It is called in a forward pass without requests,
+        with which vLLM warms up once it has its caches: until then nothing is known of them, and then it is too late.
 
         The function raises Refused for a step that is not for us, and while any module of the layer has hooks.
         """
@@ -141,19 +146,28 @@ class Steps:
 
         name, hooks, step_of = attention.layer_name, Hooks(layer), self._of
         context_of = sys.modules["vllm.forward_context"].get_forward_context
+        prepared: Any = None
+
+        def cache_of(context: Any) -> Any:
+            kv_cache = attention.kv_cache
+            if type(kv_cache) is list:  # until 0.19, one for each virtual engine
+                kv_cache = kv_cache[context.virtual_engine]
+            return kv_cache
 
         def now(positions: Any) -> tuple[Step, Any]:
+            nonlocal prepared
             context = context_of()
             metadata, slots = context.attn_metadata, context.slot_mapping
             if type(metadata) is not dict or type(slots) is not dict:
+                kv_cache = cache_of(context)
+                if kv_cache is not prepared and kv_cache.numel() and not capturing():
+                    prepared = kv_cache  # whatever becomes of it
+                    prepare(kv_cache)
                 raise Refused("a forward pass without attention metadata of its own for every layer")
             step = step_of(metadata[name], slots.get(name), positions)
             if reason := hooks.refuses():
                 raise Refused(reason)
-            kv_cache = attention.kv_cache
-            if type(kv_cache) is list:  # until 0.19, one for each virtual engine
-                kv_cache = kv_cache[context.virtual_engine]
-            return step, kv_cache
+            return step, cache_of(context)
 
         return now
 

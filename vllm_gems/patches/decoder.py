@@ -137,8 +137,9 @@ def _settle_cache(kv_cache: Any, layout: Callable[[Any, int], tuple[Any, Any]], 
     return _Cache(kv_cache, key.data_ptr() - at, value.data_ptr() - at, strides, key.shape[1])
 
 
-def _bind(layer: Any, hidden_states: Any) -> Callable[..., Any]:
-    """call(step, kv_cache, hidden_states, residual) -> (hidden_states, residual) for this layer; raises Refused."""
+def _bind(layer: Any, hidden_states: Any) -> tuple[Callable[..., Any], Callable[[Any], None]]:
+    """For this layer: call(step, kv_cache, hidden_states, residual) -> (hidden_states, residual), and
+    prepare(kv_cache), after which no call with it compiles anything. All raise Refused."""
     import torch
 
     from .. import replay
@@ -200,6 +201,8 @@ def _bind(layer: Any, hidden_states: Any) -> Callable[..., Any]:
 
     def settle_cache(kv_cache: Any) -> None:
         nonlocal cache, write, attend, run
+        if cache is not None and cache.tensor is kv_cache:
+            return
         found = _settle_cache(kv_cache, layout, head_size, hidden_states)
         rotation = rotary.rotary_dim, rotary.is_neox_style
         spec = Attention(heads, kv_heads, head_size, *rotation, found.block_size, qk_norm)
@@ -269,7 +272,7 @@ def _bind(layer: Any, hidden_states: Any) -> Callable[..., Any]:
         )  # fmt: skip
         return out, residual
 
-    return call
+    return call, settle_cache
 
 
 def _decoder_layer(original: Any, site: Any) -> Any:
@@ -279,9 +282,9 @@ def _decoder_layer(original: Any, site: Any) -> Any:
 
     def settle(layer: Any, positions: Any, hidden_states: Any, residual: Any) -> Callable[..., Any]:
         """The layer's own call(positions, hidden_states, residual)."""
-        call = _bind(layer, hidden_states)
+        call, prepare = _bind(layer, hidden_states)
         attn = layer.self_attn.attn
-        name, now, hits = attn.layer_name, steps.follow(layer, attn), site.by_layer
+        name, now, hits = attn.layer_name, steps.follow(layer, attn, prepare), site.by_layer
 
         def run(positions: Any, hidden_states: Any, residual: Any) -> Any:
             step, kv_cache = now(positions)

@@ -46,8 +46,9 @@ def layer_refuses(layer: Any) -> str | None:
 # One layer's launches
 
 
-def _bind(layer: Any, hidden_states: Any) -> Callable[..., Any]:
-    """call(step, kv_cache, hidden_states, residual) -> (hidden_states, residual) for this layer; raises Refused."""
+def _bind(layer: Any, hidden_states: Any) -> tuple[Callable[..., Any], Callable[[Any], None]]:
+    """For this layer: call(step, kv_cache, hidden_states, residual) -> (hidden_states, residual), and
+    prepare(kv_cache), after which no call with it compiles anything. All raise Refused."""
     import torch
 
     from .. import replay
@@ -91,8 +92,12 @@ def _bind(layer: Any, hidden_states: Any) -> Callable[..., Any]:
     cache: Any = None
     run: Callable[[tuple[Any, ...], tuple[int, ...]], None]
 
-    def call(step: Step, kv_cache: Any, hidden_states: Any, residual: Any) -> Any:
+    def prepare(kv_cache: Any) -> None:
         nonlocal cache, run
+        attention.settle_cache(kv_cache)
+        cache, run = kv_cache, replay.bind(device, launches)
+
+    def call(step: Step, kv_cache: Any, hidden_states: Any, residual: Any) -> Any:
         rows = step.num_requests
         if rows > most:
             raise Refused(f"{rows} requests of a layer in float8, more than {most}")
@@ -109,8 +114,7 @@ def _bind(layer: Any, hidden_states: Any) -> Callable[..., Any]:
             if table.get(name) is not tensor:
                 raise Unsettled("weights that were replaced")
         if kv_cache is not cache:
-            attention.settle_cache(kv_cache)
-            cache, run = kv_cache, replay.bind(device, launches)
+            prepare(kv_cache)
         with plainly():
             read_at = addresses_of(*read)
         is_first = residual is None
@@ -125,7 +129,7 @@ def _bind(layer: Any, hidden_states: Any) -> Callable[..., Any]:
         )  # fmt: skip
         return out, residual
 
-    return call
+    return call, prepare
 
 
 def _decoder_layer(original: Any, site: Any) -> Any:
@@ -138,9 +142,9 @@ def _decoder_layer(original: Any, site: Any) -> Any:
         layer: Any, positions: Any, hidden_states: Any, residual: Any, llama_4_scaling: Any = None
     ) -> Callable[..., Any]:
         """The layer's own call(positions, hidden_states, residual, llama_4_scaling)."""
-        call = _bind(layer, hidden_states)
+        call, prepare = _bind(layer, hidden_states)
         attn = layer.self_attn.mla_attn.mla_attn
-        name, now, hits = attn.layer_name, steps.follow(layer, attn), site.by_layer
+        name, now, hits = attn.layer_name, steps.follow(layer, attn, prepare), site.by_layer
 
         def run(positions: Any, hidden_states: Any, residual: Any, llama_4_scaling: Any = None) -> Any:
             if llama_4_scaling is not None:

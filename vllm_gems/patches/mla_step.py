@@ -262,8 +262,9 @@ def bind_block(layer: Any, hidden_states: Any) -> Block:
     return Block(known, read, settle_cache, facts, launches)
 
 
-def _bind(layer: Any, hidden_states: Any) -> Callable[..., Any]:
-    """call(step, kv_cache, hidden_states) -> what the layer returns; raises Refused."""
+def _bind(layer: Any, hidden_states: Any) -> tuple[Callable[..., Any], Callable[[Any], None]]:
+    """call(step, kv_cache, hidden_states) -> what the layer returns, and prepare(kv_cache), after which no call with it
+    compiles anything. All raise Refused."""
     import torch
 
     from .. import replay
@@ -277,8 +278,12 @@ def _bind(layer: Any, hidden_states: Any) -> Callable[..., Any]:
     cache: Any = None
     run: Callable[[tuple[Any, ...], tuple[int, ...]], None]
 
-    def call(step: Step, kv_cache: Any, hidden_states: Any) -> Any:
+    def prepare(kv_cache: Any) -> None:
         nonlocal cache, run
+        block.settle_cache(kv_cache)
+        cache, run = kv_cache, replay.bind(device, block.launches)
+
+    def call(step: Step, kv_cache: Any, hidden_states: Any) -> Any:
         rows = step.num_requests
         if rows > most:
             raise Refused(f"{rows} requests of a layer in float8, more than {most}")
@@ -294,8 +299,7 @@ def _bind(layer: Any, hidden_states: Any) -> Callable[..., Any]:
             if table.get(name) is not tensor:
                 raise Unsettled("weights that were replaced")
         if kv_cache is not cache:
-            block.settle_cache(kv_cache)
-            cache, run = kv_cache, replay.bind(device, block.launches)
+            prepare(kv_cache)
         with plainly():
             read_at = addresses_of(*block.read)
         out = empty(rows, hidden_size)
@@ -308,7 +312,7 @@ def _bind(layer: Any, hidden_states: Any) -> Callable[..., Any]:
         )  # fmt: skip
         return out
 
-    return call
+    return call, prepare
 
 
 def _decode_step(original: Any, site: Any) -> Any:
@@ -319,9 +323,9 @@ def _decode_step(original: Any, site: Any) -> Any:
 
     def settle(layer: Any, positions: Any, hidden_states: Any, llama_4_scaling: Any = None) -> Callable[..., Any]:
         """The layer's own call(positions, hidden_states, llama_4_scaling)."""
-        call = _bind(layer, hidden_states)
+        call, prepare = _bind(layer, hidden_states)
         attn = layer.mla_attn
-        name, now, hits = attn.layer_name, steps.follow(layer, attn), site.by_layer
+        name, now, hits = attn.layer_name, steps.follow(layer, attn, prepare), site.by_layer
 
         def run(positions: Any, hidden_states: Any, llama_4_scaling: Any = None) -> Any:
             if llama_4_scaling is not None:

@@ -9,11 +9,13 @@ from ..nouns import Patch
 
 def _top_k_top_p(original: Any, site: Any) -> Any:
     from ..errors import Refused
-    from ..kernels.top_p import top_p
+    from ..kernels.top_p import bind_top_p, top_p
     from ..sites import function
 
     def call(logits: Any, k: Any, p: Any, has_topp_only_rows: bool = True) -> Any:
         if k is not None:
+            # vLLM warms up with both; when a request comes with top-p alone, it is too late to compile.
+            bind_top_p(logits.shape[-1], logits.dtype, logits.get_device())
             raise Refused("a top-k")
         if p is None:
             raise Refused("neither top-k nor top-p")
