@@ -158,6 +158,19 @@ _DEEPSEEK = {
     "rope_theta": 1e4, "max_position_embeddings": 163840, "moe_layer_freq": 1, "attention_bias": False,
 }  # fmt: skip
 
+_DEEPSEEK_V3 = _config(
+    "DeepseekV3ForCausalLM", "deepseek_v3", **_DEEPSEEK, hidden_size=7168, intermediate_size=18432,
+    moe_intermediate_size=2048, num_hidden_layers=4, first_k_dense_replace=2, num_attention_heads=128,
+    num_key_value_heads=128, q_lora_rank=1536, n_routed_experts=256, n_shared_experts=1, num_experts_per_tok=8,
+    n_group=8, topk_group=4, topk_method="noaux_tc", scoring_func="sigmoid", norm_topk_prob=True,
+    routed_scaling_factor=2.5, vocab_size=129280, rope_scaling=_yarn(1.0),
+)  # fmt: skip
+
+# As DeepSeek's checkpoints say it: e4m3 with a scale for 128 by 128 weights, and for 128 elements of an activation.
+_BLOCK_FP8 = {
+    "quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [128, 128],
+}  # fmt: skip
+
 MODELS = {
     "qwen2.5-7b": Model(
         "Qwen2.5-7B",
@@ -208,15 +221,11 @@ MODELS = {
     ),
     # 52 GB in bfloat16. A layer with experts takes 23 GB, so that of four layers two have them: three would leave an
     # 80 GB GPU no room. The real model has 61, the first three without experts, and weights in block-wise float8.
-    "deepseek-v3-4l": Model(
-        "DeepSeek-V3, 4 layers, 2 of them with experts",
-        _config(
-            "DeepseekV3ForCausalLM", "deepseek_v3", **_DEEPSEEK, hidden_size=7168, intermediate_size=18432,
-            moe_intermediate_size=2048, num_hidden_layers=4, first_k_dense_replace=2, num_attention_heads=128,
-            num_key_value_heads=128, q_lora_rank=1536, n_routed_experts=256, n_shared_experts=1, num_experts_per_tok=8,
-            n_group=8, topk_group=4, topk_method="noaux_tc", scoring_func="sigmoid", norm_topk_prob=True,
-            routed_scaling_factor=2.5, vocab_size=129280, rope_scaling=_yarn(1.0),
-        ),
+    "deepseek-v3-4l": Model("DeepSeek-V3, 4 layers, 2 of them with experts", _DEEPSEEK_V3, *_latent(norms=2)),
+    # 28 GB. There is no float32 to compare with, which vLLM has not for such weights: --no-reference.
+    "deepseek-v3-4l-fp8": Model(
+        "DeepSeek-V3 in float8, 4 layers, 2 of them with experts",
+        {**_DEEPSEEK_V3, "quantization_config": _BLOCK_FP8},
         *_latent(norms=2),
     ),
     # 61 GB in bfloat16.

@@ -104,6 +104,8 @@ FAR = 5.0
 LONGEST_S = 400 if shutil.which("nvidia-smi") else 1500
 # Weights that are drawn in one piece; more than any parameter of a dense model has.
 _DRAWN_AT_ONCE = 1 << 30
+# Columns of a weight in float8 that share a scale, and of what size weights are before it; the largest number is 448.
+_FLOAT8_BLOCK, _FLOAT8_SIZE = 128, 112.0
 # Tokens of a block of the KV cache, at most: so many of a request's may be empty.
 _BLOCK = 64
 # Engines that only decode for comparison run beside each other if their weights fit into this.
@@ -184,7 +186,7 @@ def environment(side: Side) -> dict[str, str]:
 def weights_by_name(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
     """The parameters; what latent attention holds in one, and attention by heads in two, as the two."""
     for name, weight in model.named_parameters():
-        if "fused_qkv_a_proj" in name:
+        if name.endswith("fused_qkv_a_proj.weight") and weight.dtype.itemsize > 1:  # float32 has no twin in float8
             rank = model.config.q_lora_rank
             yield name.replace("fused_qkv_a_proj", "q_a_proj"), weight[:rank]
             yield name.replace("fused_qkv_a_proj", "kv_a_proj_with_mqa"), weight[rank:]
@@ -197,7 +199,8 @@ def seed_weights(model: Any) -> None:
     """Random weights that depend on a parameter's name alone, of a size that keeps activations near one.
 
     vLLM's dummy weights lie within 0.001 of zero, those of norms too, and leave logits that rounding decides. Values
-    are rounded to bfloat16 whatever the model's dtype, so that a float32 model has exactly the same weights.
+    are rounded to bfloat16 whatever the model's dtype, so that a float32 model has exactly the same weights. Weights in
+    float8 fill its range, as those of checkpoints do, and their blocks' scales, all different, make them as small.
     """
     for name, weight in weights_by_name(model):
         generator = torch.Generator(weight.device).manual_seed(zlib.crc32(name.encode()))
@@ -205,6 +208,12 @@ def seed_weights(model: Any) -> None:
         rows = max(1, _DRAWN_AT_ONCE * weight.shape[0] // max(1, weight.numel()))
         for part in weight.split(rows):
             value = torch.randn(part.shape, generator=generator, device=part.device, dtype=torch.float32)
+            if "weight_scale_inv" in name:
+                part.copy_((1 + 0.2 * value.clamp(-3, 3)) * (weight.shape[-1] * _FLOAT8_BLOCK) ** -0.5 / _FLOAT8_SIZE)
+                continue
+            if weight.dtype is torch.float8_e4m3fn:
+                part.copy_((value * _FLOAT8_SIZE).clamp(-448, 448))
+                continue
             if weight.dim() > 1:
                 value *= 1.0 if "embed" in name else weight.shape[-1] ** -0.5
             else:

@@ -54,6 +54,11 @@ REGISTERS: dict[str, Registers] = {
     "_convolution_kernel": Registers(255, 512),
     # As of a linear layer, with the pairs of an expert beside them.
     "_moe_experts_kernel": Registers(168, 256),
+    # As of a linear layer. The first product of experts has tiles twice as wide, and an SM to itself.
+    "_block_fp8_linear_kernel": Registers(168, 0),
+    "_block_fp8_experts_kernel": Registers(255, 0),
+    # Eight elements a thread, and a scale.
+    "_group_quantise_kernel": Registers(48, 0),
     # Eight ids a thread and their ranks: few programs.
     "_moe_list_kernel": Registers(96, 96),
     # Eight elements a thread, as many loads on their way as there are experts to a token.

@@ -32,6 +32,8 @@ from vllm_gems.nouns import Kernel
 MODELS_ON = "sm_90"  # where kernels are tuned and timed
 # One of each maker's: what narrow loads take is the same on all of them.
 MISALIGNED_ON = (MODELS_ON, "gfx942")
+# What `block_fp8_linear.device_refuses` lets pass.
+FLOAT8_ON = (MODELS_ON, "sm_100")
 MUST_SPILL = "a kernel that must spill"
 
 # Constexprs that say how large operands are, not how the work is divided. Kernels branch on whether they are 0 or 1.
@@ -131,9 +133,14 @@ def override_jobs(target: str) -> list[Job]:
     ]
 
 
+def made_for(kernel: str, target: str) -> bool:
+    """Whether a kernel of this name is for `target` at all."""
+    return "fp8" not in kernel or target in FLOAT8_ON
+
+
 def jobs_for(target: str) -> list[Job]:
     """What is compiled for `target`."""
-    jobs = every_job(catalog().kernels.values())
+    jobs = every_job(kernel for name, kernel in catalog().kernels.items() if made_for(name, target))
     overrides = override_jobs(target)
     if target != MODELS_ON:
         some = [*representatives(jobs, target), *overrides]

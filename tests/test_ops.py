@@ -27,7 +27,9 @@ def first_case(kernel: Kernel) -> Case:
 @pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel.name)
 def test_opcheck(kernel: Kernel) -> None:
     op = getattr(torch.ops.vllm_gems, kernel.name).default
-    torch.library.opcheck(op, tuple(arguments(kernel, first_case(kernel)).values()), test_utils=CHECKS)
+    # That nothing is written is told by sums of all arguments, which PyTorch cannot make of float8.
+    checks = [check for check in CHECKS if check != "test_schema" or "fp8" not in kernel.name]
+    torch.library.opcheck(op, tuple(arguments(kernel, first_case(kernel)).values()), test_utils=checks)
 
 
 @pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel.name)

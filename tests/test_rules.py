@@ -61,8 +61,8 @@ ALLOWED = {
     "replay": {".launch", ".scratch"},
     "aten": {".errors", ".kernels", ".launch"},
     "patches": {
-        ".aten", ".cublaslt", ".errors", ".faster", ".kernels", ".launch", ".nouns", ".probes", ".replay", ".seams",
-        ".sites", ".tuned",
+".aten", ".cublaslt", ".errors", ".faster", ".kernels", ".launch", ".nouns", ".policy", ".probes", ".replay",
+        ".seams", ".sites", ".tuned",
     },
     "binders": {".probes", ".nouns", ".sites", ".worlds"},
     "ops": {".errors", ".nouns"},

@@ -113,6 +113,20 @@ def test_large_weights_are_drawn_in_pieces(monkeypatch: pytest.MonkeyPatch) -> N
     assert len({float(row[0, 0]) for row in weight}) == 7
 
 
+def test_weights_in_float8_are_as_large_as_those_in_bfloat16() -> None:
+    """With their scales, one for a block, all different; a fused parameter's blocks need not divide it."""
+    model = attention(fused_qkv_a_proj=(200, 256))
+    layer = model.fused_qkv_a_proj
+    layer.weight = torch.nn.Parameter(torch.empty(200, 256, dtype=torch.float8_e4m3fn), requires_grad=False)
+    layer.weight_scale_inv = torch.nn.Parameter(torch.full((2, 2), float("nan")), requires_grad=False)
+    serve.seed_weights(model)
+    scale = layer.weight_scale_inv
+    assert len(set(scale.flatten().tolist())) == 4
+    weight = layer.weight.float() * scale.repeat_interleave(128, 0)[:200].repeat_interleave(128, 1)
+    assert float(weight.std()) == pytest.approx(256**-0.5, rel=0.4)
+    assert float(layer.weight.float().abs().max()) > 224  # the largest is 448
+
+
 def compared(folder: Path, rows: int, ours: float, far_rows: int, routed: bool) -> dict[str, Any]:
     """Stock is one off, ours `ours` off, and ten times as far in some rows."""
     torch.manual_seed(0)

@@ -24,6 +24,8 @@ class _BuiltIn:
     def vllm_gems_kernels(self) -> Iterable[Kernel]:
         from .kernels import (
             activation,
+            block_fp8_experts,
+            block_fp8_linear,
             decode_attention,
             head_linear,
             linear,
@@ -42,6 +44,7 @@ class _BuiltIn:
             rotary_embedding,
             activation,
             linear,
+            block_fp8_linear,
             rope_and_cache,
             decode_attention,
             moe_routing,
@@ -50,6 +53,7 @@ class _BuiltIn:
             mla_rope_and_cache,
             head_linear,
             moe_experts,
+            block_fp8_experts,
         )
         return [kernel for module in modules for kernel in module.KERNELS]
 

@@ -83,7 +83,8 @@ _TYPES = {
     torch.int32: "i32",
     torch.int64: "i64",
 }
-_DTYPES = {name: dtype for dtype, name in _TYPES.items()}
+# Of float8 only kernels know that are made for it: for any other it is a dtype like any that it does not take.
+_DTYPES = {**{name: dtype for dtype, name in _TYPES.items()}, "fp8e4nv": torch.float8_e4m3fn}
 
 
 def pointer(dtype: torch.dtype) -> str:

@@ -288,6 +288,39 @@ PARTS: dict[str, tuple[Place, ...]] = {
             "ddcebaec46fff786", "31b95f60b2627c55", "bff62d93bf9afb0d", "311be6e7f0e867db",
         ),
     ),
+    # With weights in float8: what multiplies by a linear layer's, and by experts'.
+    "float8 method of Fp8LinearMethod": (
+        _part(
+            "model_executor.layers.quantization.fp8", "Fp8LinearMethod.apply", ("(self, layer, x, bias=None)",),
+            "3949dba60d13589e", "0abce175309b9c61", versions=_SINCE_MOE,
+        ),
+    ),
+    "float8 product": (
+        _part(
+            "model_executor.kernels.linear.scaled_mm.BlockScaledMMLinearKernel",
+            "Fp8BlockScaledMMLinearKernel.apply_weights", ("(self, layer, x, bias=None, **kwargs)",),
+            "6d24c064b6461230", "e27b8d7e3c314077", versions=_SINCE_MOE,
+        ),
+    ),
+    "float8 method of Fp8MoEMethod": (
+        _part(
+            "model_executor.layers.quantization.fp8", "Fp8MoEMethod.apply",
+            ("(self, layer, x, topk_weights, topk_ids, shared_experts, shared_experts_input)",),
+            "9a11d2b8a6c73e2b", "41937bf9df30c4ca", versions=_SINCE_MOE,
+        ),
+    ),
+    # Since 0.33 somebody may be given what the experts make before it is weighted.
+    "float8 experts": (
+        _part(
+            f"{_MOE}.experts.triton_moe", "TritonExperts.apply",
+            (
+                "(self, output, hidden_states, w1, w2, topk_weights, topk_ids, activation, global_num_experts, "
+                "expert_map, a1q_scale, a2_scale, workspace13, workspace2, expert_tokens_meta, "
+                "apply_router_weight_on_input)",
+            ),
+            "6a281cf6d2fa9d56", "500a0016e8b2e0c9", "61244d048ec16925", "ff575783dcd39ff3", versions="0.24.0-0.32",
+        ),
+    ),
     "attention layer": (_ATTENTION,),
     "attention implementation": (
         _part(

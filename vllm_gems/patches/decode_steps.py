@@ -9,9 +9,10 @@ from __future__ import annotations
 import dataclasses
 import functools
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
+from ..policy import BLOCK_FP8, wants_block_fp8
 from ..seams import PARTS
 
 # The most requests of a decode step; beyond them the GPU, not the host, sets the pace.
@@ -19,6 +20,9 @@ MAX_REQUESTS = 512
 
 # Up to so many rows a product is a walk through its weight; beyond, it is cuBLAS's.
 FEW_ROWS = 64
+
+# Up to so many rows a layer with weights in float8 is ours: the kernels take more, which are not measured.
+FEW_ROWS_OF_FLOAT8 = 64
 
 
 class Paged(NamedTuple):
@@ -210,16 +214,45 @@ def linear_refuses(name: str, linear: Any, role: str) -> Iterator[str | None]:
         yield f"{name} is a {cls.__name__}"
         return
     yield part_refuses(cls, role)
-    if not is_one_of(linear.quant_method, "layers.linear", "UnquantizedLinearMethod"):
+    if is_one_of(linear.quant_method, "quantization.fp8", "Fp8LinearMethod"):
+        yield from _block_fp8_refuses(name, linear)
+    elif not is_one_of(linear.quant_method, "layers.linear", "UnquantizedLinearMethod"):
         yield f"{name} is quantised ({type(linear.quant_method).__name__})"
         return
-    yield part_refuses(type(linear.quant_method), "linear method", "apply")
+    else:
+        yield part_refuses(type(linear.quant_method), "linear method", "apply")
     if linear.tp_size != 1:
         yield "tensor parallelism: a collective sits inside the layer"
     if linear.skip_bias_add or not linear.return_bias:
         yield f"{name} returns its bias apart"
     if linear.weight.dim() != 2 or not linear.weight.is_contiguous():
         yield f"the weight of {name} is packed or not contiguous"
+
+
+_BLOCK_SHAPE = [128, 128]
+
+
+def block_fp8_refuses(name: str, method: Any) -> Iterator[str | None]:
+    """What linear layers and experts with weights in float8 have in common."""
+    if not wants_block_fp8():
+        yield f"{name} in float8, which is not measured yet; VLLM_GEMS_INCLUDE=default,{BLOCK_FP8} takes it"
+    yield part_refuses(type(method), f"float8 method of {type(method).__name__}", "apply")
+    if list(method.weight_block_size or ()) != _BLOCK_SHAPE:
+        yield f"{name} in float8 with blocks of {method.weight_block_size}"
+
+
+def _block_fp8_refuses(name: str, linear: Any) -> Iterator[str | None]:
+    method = linear.quant_method
+    yield from block_fp8_refuses(name, method)
+    product = method.fp8_linear
+    if not is_one_of(product, "scaled_mm.cutlass", "CutlassFp8BlockScaledMMKernel") and not is_one_of(
+        product, "scaled_mm.triton", "TritonFp8BlockScaledMMKernel"
+    ):
+        yield f"{name} is multiplied by {type(product).__name__}, whose scales may be others"
+        return
+    yield part_refuses(type(product), "float8 product", "apply_weights")
+    if product.quant_fp8.use_ue8m0:
+        yield f"{name} with scales that are powers of two"
 
 
 def norm_refuses(name: str, norm: Any) -> Iterator[str | None]:
@@ -294,6 +327,20 @@ def addresses_of(*tensors: Any) -> tuple[int, ...]:
     return tuple([0 if tensor is None else tensor.data_ptr() for tensor in tensors])
 
 
+def read_of(linear: Any) -> tuple[Any, Any, Any]:
+    """What a projection reads of a linear layer: weight, bias and the scales of its blocks; None for what is not there.
+
+    Of a layer in float8 alone: others' scales, should they have any, are not for us.
+    """
+    return linear.weight, linear.bias, linear.weight_scale_inv if linear.weight.dtype.itemsize == 1 else None
+
+
+def most_rows(known: Iterable[Kept]) -> int:
+    """How many rows a layer's products are done of: beyond `FEW_ROWS_OF_FLOAT8` those of its weights are vLLM's."""
+    narrow = any(each is not None and each.dtype.itemsize == 1 for _, _, each in known)
+    return FEW_ROWS_OF_FLOAT8 if narrow else MAX_REQUESTS
+
+
 # Gives so many bytes for what a layer computes on the way.
 Memory = Callable[[int], int]
 
@@ -306,27 +353,31 @@ def workspace_for(rows: int, memory: Memory) -> int:
 
 
 def bind_projection(linear: Any, dtype: Any, device: int, gated: bool = False) -> Callable[..., None]:
-    """project(x_at, weight_at, bias_at, out_at, rows, memory, workspace_at) for a linear layer of vLLM's.
+    """project(x_at, read_at, out_at, rows, memory, workspace_at) for a linear layer of vLLM's.
 
-    Of contiguous rows: few by our kernel, more by cuBLASLt. gated: with SiLU and the product of the two halves after
-    it. Raises Refused for a weight of another dtype or device, and for many rows where there is no cuBLASLt.
+    read_at: the addresses of what `read_of` gives. Of contiguous rows: few by our kernel, more by cuBLASLt. gated: with
+    SiLU and the product of the two halves after it. Raises Refused for a weight of another dtype or device, and for
+    many rows of weights in float8, or where there is no cuBLASLt.
     """
     from ..cublaslt import bind_product
     from ..errors import Refused
     from ..kernels.activation import bind_gated_rows
     from ..kernels.linear import Shape, bind_linear
 
-    weight, bias = linear.weight, linear.bias
-    if weight.dtype is not dtype or weight.get_device() != device:
+    weight, bias, scale = read_of(linear)
+    if weight.get_device() != device or (scale is None and weight.dtype is not dtype):
         raise Refused(f"a weight in {weight.dtype} on {weight.device}, hidden states in {dtype}")
+    if scale is not None:
+        return _bind_block_fp8(linear, dtype, device, gated)
     all_features, in_features = weight.shape
     has_bias, out_features = bias is not None, all_features // 2 if gated else all_features
     few = bind_linear(Shape(in_features, out_features, has_bias, gated), dtype, device)
     activate = bind_gated_rows("silu_and_mul", dtype, out_features, (), device) if gated else None
 
     def project(
-        x_at: int, weight_at: int, bias_at: int, out_at: int, rows: int, memory: Memory, workspace_at: int
+        x_at: int, read_at: tuple[int, int, int], out_at: int, rows: int, memory: Memory, workspace_at: int
     ) -> None:
+        weight_at, bias_at, _ = read_at
         if rows <= FEW_ROWS:
             few(x_at, in_features, weight_at, bias_at, out_at, rows)
             return
@@ -337,5 +388,28 @@ def bind_projection(linear: Any, dtype: Any, device: int, gated: bool = False) -
         both_at = memory(rows * all_features * dtype.itemsize)
         many(x_at, weight_at, bias_at, both_at, rows, workspace_at)
         activate(both_at, all_features, out_at, rows)
+
+    return project
+
+
+def _bind_block_fp8(linear: Any, dtype: Any, device: int, gated: bool) -> Callable[..., None]:
+    """As `bind_projection`, for a layer whose weight is in float8 with a scale for each block."""
+    from ..errors import Refused
+    from ..kernels.block_fp8_linear import Shape, bind_block_fp8_linear, parts_refuse
+
+    weight, bias, scale = read_of(linear)
+    if reason := parts_refuse(weight, scale, device):
+        raise Refused(reason)
+    all_features, in_features = weight.shape
+    shape = Shape(in_features, all_features // 2 if gated else all_features, bias is not None, gated)
+    few = bind_block_fp8_linear(shape, dtype, device)
+
+    def project(
+        x_at: int, read_at: tuple[int, int, int], out_at: int, rows: int, memory: Memory, workspace_at: int
+    ) -> None:
+        weight_at, bias_at, scale_at = read_at
+        if rows > FEW_ROWS_OF_FLOAT8:
+            raise Refused(f"{rows} rows of a product in float8, more than {FEW_ROWS_OF_FLOAT8}")
+        few(x_at, in_features, weight_at, scale_at, bias_at, out_at, rows)
 
     return project

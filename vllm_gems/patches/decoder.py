@@ -24,9 +24,11 @@ from .decode_steps import (
     first_refusal,
     is_one_of,
     linear_refuses,
+    most_rows,
     norm_refuses,
     parameters_of,
     part_refuses,
+    read_of,
     rotary_refuses,
     source_hash,
     unknown_field,
@@ -160,12 +162,11 @@ def _bind(layer: Any, hidden_states: Any) -> tuple[Callable[..., Any], Callable[
     qk_norm = hasattr(attention, "q_norm") and getattr(attention, "qk_norm", True)
     scale = float(attn.impl.scale)
 
-    qkv, o = attention.qkv_proj.weight, attention.o_proj.weight
-    if (tuple(qkv.shape), tuple(o.shape)) != ((qkv_size, hidden_size), (hidden_size, q_size)):
-        raise Refused(f"weights of shapes {tuple(qkv.shape)} and {tuple(o.shape)}")
-    project_qkv, project_o = (
-        bind_projection(module, dtype, device) for module in (attention.qkv_proj, attention.o_proj)
-    )
+    modules = attention.qkv_proj, attention.o_proj
+    shapes = [tuple(module.weight.shape) for module in modules]
+    if shapes != [(qkv_size, hidden_size), (hidden_size, q_size)]:
+        raise Refused(f"weights of shapes {shapes}")
+    project_qkv, project_o = (bind_projection(module, dtype, device) for module in modules)
     block = feed_forward.bind_block(layer.mlp, hidden_states)
     empty, itemsize = allocator(device, dtype), dtype.itemsize
 
@@ -173,6 +174,7 @@ def _bind(layer: Any, hidden_states: Any) -> tuple[Callable[..., Any], Callable[
     norms = layer.input_layernorm, layer.post_attention_layernorm
     known = [(rotary._buffers, "cos_sin_cache", angles), *parameters_of(attention), *block.known]
     known += [*parameters_of(norms[0]), *parameters_of(norms[1])]
+    most = most_rows(known)
     input_weight, post_weight = (norm.weight for norm in norms)
     settled = [(dtype, norm.weight.dtype, hidden_size, norm.variance_epsilon) for norm in norms]
     alone = bind_norm_rows(*settled[0], False, False, device)
@@ -186,8 +188,10 @@ def _bind(layer: Any, hidden_states: Any) -> tuple[Callable[..., Any], Callable[
         if attention.k_norm.variance_epsilon != epsilon or q_weight.dtype is not dtype or k_weight.dtype is not dtype:
             raise Refused("q_norm and k_norm differ, or their weights are not of the hidden states' dtype")
 
-    biases = attention.qkv_proj.bias, attention.o_proj.bias
-    read = qkv, biases[0], o, biases[1], q_weight, k_weight, input_weight, post_weight, *block.read
+    read = (
+        *(tensor for module in modules for tensor in read_of(module)), q_weight, k_weight, input_weight, post_weight,
+        *block.read,
+    )  # fmt: skip
     plainly = torch._C.DisableTorchFunctionSubclass
 
     cache: _Cache | None = None
@@ -212,9 +216,8 @@ def _bind(layer: Any, hidden_states: Any) -> tuple[Callable[..., Any], Callable[
         hidden_at: int, before_at: int, out_at: int, residual_at: int,
         positions_at: int, slot_mapping_at: int, block_table_at: int, seq_lens_at: int,
     ) -> None:  # fmt: skip
-        (
-            qkv_at, qkv_bias_at, o_at, o_bias_at, q_weight_at, k_weight_at, input_weight_at, post_weight_at, *block_at,
-        ) = read_at  # fmt: skip
+        qkv_at, o_at = read_at[:3], read_at[3:6]
+        q_weight_at, k_weight_at, input_weight_at, post_weight_at, *block_at = read_at[6:]
         kept: Any = cache
         key_at, value_at = cache_at + kept.key_offset, cache_at + kept.value_offset
         x_at, qkv_out_at, attended_at = (memory(rows * width * itemsize) for width in (hidden_size, qkv_size, q_size))
@@ -223,7 +226,7 @@ def _bind(layer: Any, hidden_states: Any) -> tuple[Callable[..., Any], Callable[
         else:
             first(hidden_at, before_at, input_weight_at, x_at, residual_at, rows)
         more = rows, memory, workspace_for(rows, memory)
-        project_qkv(x_at, qkv_at, qkv_bias_at, qkv_out_at, *more)
+        project_qkv(x_at, qkv_at, qkv_out_at, *more)
         write(
             qkv_out_at, qkv_size, positions_at, angles_at, key_at, value_at, kept.strides, slot_mapping_at,
             q_weight_at, k_weight_at, epsilon, rows,
@@ -232,12 +235,14 @@ def _bind(layer: Any, hidden_states: Any) -> tuple[Callable[..., Any], Callable[
             qkv_out_at, qkv_size, head_size, key_at, value_at, kept.strides, block_table_at, block_table_stride,
             seq_lens_at, attended_at, q_size, rows, splits, scale,
         )  # fmt: skip
-        project_o(attended_at, o_at, o_bias_at, x_at, *more)
+        project_o(attended_at, o_at, x_at, *more)
         second(x_at, residual_at, post_weight_at, x_at, residual_at, rows)
         block.launches(memory, rows, tuple(block_at), x_at, out_at)
 
     def call(step: Step, kv_cache: Any, hidden_states: Any, residual: Any) -> Any:
         rows = step.num_requests
+        if rows > most:
+            raise Refused(f"{rows} requests of a layer in float8, more than {most}")
         for name, x in (("hidden_states", hidden_states), ("residual", residual)):
             if x is None:
                 continue

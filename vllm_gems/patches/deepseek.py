@@ -17,6 +17,7 @@ from .decode_steps import (
     Steps,
     addresses_of,
     first_refusal,
+    most_rows,
     norm_refuses,
     parameters_of,
     part_refuses,
@@ -65,6 +66,7 @@ def _bind(layer: Any, hidden_states: Any) -> tuple[Callable[..., Any], Callable[
     impl = layer.self_attn.mla_attn.mla_attn.impl
     norms = layer.input_layernorm, layer.post_attention_layernorm
     known = [*attention.known, *block.known, *parameters_of(norms[0]), *parameters_of(norms[1])]
+    most = most_rows(known)
     settled = [(dtype, norm.weight.dtype, hidden_size, norm.variance_epsilon) for norm in norms]
     alone = bind_norm_rows(*settled[0], False, False, device)
     first = bind_norm_rows(*settled[0], True, False, device)  # the inputs stay, should anything fail after it
@@ -97,6 +99,8 @@ def _bind(layer: Any, hidden_states: Any) -> tuple[Callable[..., Any], Callable[
 
     def call(step: Step, kv_cache: Any, hidden_states: Any, residual: Any) -> Any:
         rows = step.num_requests
+        if rows > most:
+            raise Refused(f"{rows} requests of a layer in float8, more than {most}")
         for name, x in (("hidden_states", hidden_states), ("residual", residual)):
             if x is None:
                 continue

@@ -13,6 +13,7 @@ from .decode_steps import (
     linear_refuses,
     parameters_of,
     part_refuses,
+    read_of,
     workspace_for,
 )
 
@@ -56,10 +57,9 @@ def _dense(mlp: Any, hidden_states: Any) -> moe_step.Block:
     project_up, project_down = bind_projection(up, dtype, device, gated=True), bind_projection(down, dtype, device)
 
     def launches(memory: Memory, rows: int, read_at: tuple[int, ...], x_at: int, out_at: int) -> None:
-        up_at, up_bias_at, down_at, down_bias_at = read_at
         more = rows, memory, workspace_for(rows, memory)
         active_at = memory(rows * width * dtype.itemsize)
-        project_up(x_at, up_at, up_bias_at, active_at, *more)
-        project_down(active_at, down_at, down_bias_at, out_at, *more)
+        project_up(x_at, read_at[:3], active_at, *more)
+        project_down(active_at, read_at[3:], out_at, *more)
 
-    return moe_step.Block(parameters_of(mlp), (up.weight, up.bias, down.weight, down.bias), launches)
+    return moe_step.Block(parameters_of(mlp), (*read_of(up), *read_of(down)), launches)

@@ -23,9 +23,11 @@ from .decode_steps import (
     first_refusal,
     is_one_of,
     linear_refuses,
+    most_rows,
     norm_refuses,
     parameters_of,
     part_refuses,
+    read_of,
     rotary_refuses,
     unknown_field,
     workspace_for,
@@ -183,9 +185,8 @@ def bind_block(layer: Any, hidden_states: Any) -> Block:
     for name in ("W_UK_T", "W_UV"):  # no parameters until 0.24
         if name in vars(attn):
             known.append((vars(attn), name, getattr(attn, name)))
-    read = kv_linear, q_linear, layer.o_proj
     read = (
-        *(linear.weight for linear in read), *(linear.bias for linear in read), absorbed, values, kv_norm.weight,
+        *read_of(kv_linear), *read_of(q_linear), *read_of(layer.o_proj), absorbed, values, kv_norm.weight,
         q_norm.weight if q_lora else None, angles,
     )  # fmt: skip
 
@@ -230,22 +231,20 @@ def bind_block(layer: Any, hidden_states: Any) -> Block:
         memory: Memory, rows: int, facts: tuple[int, ...], read_at: tuple[int, ...], cache_at: int, hidden_at: int,
         out_at: int, positions_at: int, slot_mapping_at: int, block_table_at: int, seq_lens_at: int,
     ) -> None:  # fmt: skip
-        (
-            kv_weight_at, q_weight_at, o_weight_at, kv_bias_at, q_bias_at, o_bias_at, absorbed_at, values_at,
-            kv_norm_at, q_norm_at, angles_at,
-        ) = read_at  # fmt: skip
+        kv_read_at, q_read_at, o_read_at = read_at[:3], read_at[3:6], read_at[6:9]
+        absorbed_at, values_at, kv_norm_at, q_norm_at, angles_at = read_at[9:]
         count, block_table_stride = facts
         more = rows, memory, workspace_for(rows, memory)
         kv_at, q_at, query_at, attended_at, expanded_at = (
             memory(rows * each * itemsize)
             for each in (q_lora + width, heads * head_size, heads * latent, heads * latent, heads * value_size)
         )
-        project_kv(hidden_at, kv_weight_at, kv_bias_at, kv_at, *more)
+        project_kv(hidden_at, kv_read_at, kv_at, *more)
         q_input_at = hidden_at
         if q_lora:
             q_input_at = memory(rows * q_lora * itemsize)
             norm(kv_at, 0, q_norm_at, q_input_at, 0, rows)
-        project_q(q_input_at, q_weight_at, q_bias_at, q_at, *more)
+        project_q(q_input_at, q_read_at, q_at, *more)
         q_rope_at = q_at + rope_offset
         write(
             q_rope_at, heads * head_size, head_size, kv_at + kv_offset, q_lora + width, kv_norm_at, positions_at,
@@ -258,7 +257,7 @@ def bind_block(layer: Any, hidden_states: Any) -> Block:
             rows, count, scale,
         )  # fmt: skip
         expand(attended_at, values_at, expanded_at, rows)
-        project_o(expanded_at, o_weight_at, o_bias_at, out_at, *more)
+        project_o(expanded_at, o_read_at, out_at, *more)
 
     return Block(known, read, settle_cache, facts, launches)
 
@@ -275,6 +274,7 @@ def _bind(layer: Any, hidden_states: Any) -> tuple[Callable[..., Any], Callable[
     block, impl = bind_block(layer, hidden_states), layer.mla_attn.impl
     dtype, device, hidden_size = hidden_states.dtype, hidden_states.get_device(), hidden_states.shape[-1]
     empty, plainly = allocator(device, dtype), torch._C.DisableTorchFunctionSubclass
+    most = most_rows(block.known)
     cache: Any = None
     run: Callable[[tuple[Any, ...], tuple[int, ...]], None]
 
@@ -285,6 +285,8 @@ def _bind(layer: Any, hidden_states: Any) -> tuple[Callable[..., Any], Callable[
 
     def call(step: Step, kv_cache: Any, hidden_states: Any) -> Any:
         rows = step.num_requests
+        if rows > most:
+            raise Refused(f"{rows} requests of a layer in float8, more than {most}")
         if (
             hidden_states.dtype is not dtype
             or hidden_states.shape != (rows, hidden_size)

@@ -7,6 +7,7 @@ the router's product, the choice of experts, their two products, the shared expe
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -17,11 +18,14 @@ from .decode_steps import (
     Memory,
     addresses_of,
     bind_projection,
+    block_fp8_refuses,
     first_refusal,
     is_one_of,
     linear_refuses,
+    most_rows,
     parameters_of,
     part_refuses,
+    read_of,
     workspace_for,
 )
 
@@ -82,11 +86,19 @@ def _router_refuses(router: Any) -> Iterator[str | None]:
 
 def _experts_refuse(experts: Any) -> Iterator[str | None]:
     method = experts.quant_method
-    if not is_one_of(method, "unquantized_fused_moe_method", "UnquantizedFusedMoEMethod"):
+    if is_one_of(method, "quantization.fp8", "Fp8MoEMethod"):
+        yield from block_fp8_refuses("the experts' weight", method)
+        yield part_refuses(method.experts_cls, "float8 experts", "apply")
+        if sys.modules["vllm.utils.deep_gemm"].is_deep_gemm_e8m0_used():
+            yield "experts with scales that are powers of two"
+        backend = method.fp8_backend
+    elif is_one_of(method, "unquantized_fused_moe_method", "UnquantizedFusedMoEMethod"):
+        backend = method.unquantized_backend
+    else:
         yield f"the experts are quantised ({type(method).__name__})"
         return
-    if getattr(method.unquantized_backend, "name", "") != "TRITON":
-        yield f"the experts' backend is {method.unquantized_backend}, not Triton's"
+    if getattr(backend, "name", "") != "TRITON":
+        yield f"the experts' backend is {backend}, not Triton's"
     if str(getattr(experts.activation, "value", experts.activation)) != "silu":
         yield f"the experts' activation is {experts.activation}"
     if experts.expert_map is not None:
@@ -143,6 +155,7 @@ def bind_block(runner: Any, hidden_states: Any) -> Block:
     import torch
 
     from ..errors import Refused
+    from ..kernels.block_fp8_experts import bind_block_fp8_experts, experts_refuse
     from ..kernels.moe_experts import Experts, bind_moe_experts
     from ..kernels.moe_routing import Routing, bind_routing
 
@@ -152,12 +165,14 @@ def bind_block(runner: Any, hidden_states: Any) -> Block:
     dtype, device, hidden_size = hidden_states.dtype, hidden_states.get_device(), hidden_states.shape[-1]
     itemsize = dtype.itemsize
     both, down = experts.w13_weight, experts.w2_weight
+    narrow = both.dtype.itemsize == 1
+    scales = (experts.w13_weight_scale_inv, experts.w2_weight_scale_inv) if narrow else (None, None)
     num_experts, width = router.global_num_experts, down.shape[2]
     shapes = [tuple(tensor.shape) for tensor in (gate.weight, both, down)]
     if shapes != [(num_experts, hidden_size), (num_experts, 2 * width, hidden_size), (num_experts, hidden_size, width)]:
         raise Refused(f"weights of shapes {shapes}")
     for tensor in (both, down):
-        if tensor.dtype is not dtype or tensor.get_device() != device or not tensor.is_contiguous():
+        if (tensor.dtype is not dtype and not narrow) or tensor.get_device() != device or not tensor.is_contiguous():
             have = f"{tensor.dtype} of strides {tensor.stride()} on {tensor.device}"
             raise Refused(f"experts in {have}, hidden states in {dtype}")
     factor = float(router.routed_scaling_factor if hasattr(router, "routed_scaling_factor") else 1.0)
@@ -172,34 +187,40 @@ def bind_block(runner: Any, hidden_states: Any) -> Block:
         getattr(router, "topk_group", 1), router.scoring_func, factor,
     )  # fmt: skip
     route = bind_routing(routing, dtype, None if bias is None else bias.dtype, device)
-    mix = bind_moe_experts(Experts(num_experts, router.top_k, hidden_size, width), dtype, shared is not None, device)
+    sizes = Experts(num_experts, router.top_k, hidden_size, width)
+    if narrow:
+        if reason := experts_refuse(both, scales[0], down, scales[1], device):
+            raise Refused(reason)
+        mix = bind_block_fp8_experts(sizes, dtype, shared is not None, device)
+    else:
+        mix = bind_moe_experts(sizes, dtype, shared is not None, device)
     project = bind_projection(gate, dtype, device)
-    read: tuple[Any, ...] = gate.weight, gate.bias, both, down, bias
+    read: tuple[Any, ...] = *read_of(gate), both, down, bias, *scales
     known = [*parameters_of(runner), *([] if shared is None else parameters_of(shared))]
     if shared is not None:
         shared_up = bind_projection(shared.gate_up_proj, dtype, device, gated=True)
         shared_down = bind_projection(shared.down_proj, dtype, device)
         for linear in (shared.gate_up_proj, shared.down_proj):
-            read += linear.weight, linear.bias
+            read += read_of(linear)
         shared_width = shared.down_proj.weight.shape[1]
         if shared.gate_up_proj.weight.shape != (2 * shared_width, hidden_size):
             raise Refused(f"shared experts of {tuple(shared.gate_up_proj.weight.shape)}")
 
     def launches(memory: Memory, num_tokens: int, read_at: tuple[int, ...], x_at: int, out_at: int) -> None:
-        gate_at, gate_bias_at, both_at, down_at, bias_at, *shared_at = read_at
+        gate_at, (both_at, down_at, bias_at, both_scale_at, down_scale_at) = read_at[:3], read_at[3:8]
         more = num_tokens, memory, workspace_for(num_tokens, memory)
         logits_at = memory(num_tokens * num_experts * itemsize)
-        project(x_at, gate_at, gate_bias_at, logits_at, *more)
+        project(x_at, gate_at, logits_at, *more)
         weights_at, ids_at = (memory(num_tokens * router.top_k * 4) for _ in range(2))
         route(logits_at, num_experts, bias_at, weights_at, ids_at, num_tokens)
         shared_out_at = 0
         if shared is not None:
-            up_at, up_bias_at, shared_down_at, shared_bias_at = shared_at
             active_at = memory(num_tokens * shared_width * itemsize)
-            shared_up(x_at, up_at, up_bias_at, active_at, *more)
+            shared_up(x_at, read_at[8:11], active_at, *more)
             shared_out_at = memory(num_tokens * hidden_size * itemsize)
-            shared_down(active_at, shared_down_at, shared_bias_at, shared_out_at, *more)
-        mix(x_at, both_at, down_at, ids_at, weights_at, shared_out_at, out_at, num_tokens, memory)
+            shared_down(active_at, read_at[11:], shared_out_at, *more)
+        weights = (both_at, both_scale_at, down_at, down_scale_at) if narrow else (both_at, down_at)
+        mix(x_at, *weights, ids_at, weights_at, shared_out_at, out_at, num_tokens, memory)
 
     return Block(known, read, launches)
 
@@ -217,13 +238,14 @@ def _bind(runner: Any, hidden_states: Any) -> Callable[[Any], Any]:
     dtype, device, hidden_size = hidden_states.dtype, hidden_states.get_device(), hidden_states.shape[-1]
     empty, plainly = allocator(device, dtype), torch._C.DisableTorchFunctionSubclass
     run = replay.bind(device, block.launches)
+    most = min(MAX_TOKENS, most_rows(block.known))
 
     def call(x: Any) -> Any:
         num_tokens = x.shape[0]
         if x.dtype is not dtype or x.shape != (num_tokens, hidden_size) or x.get_device() != device:
             raise Refused(f"hidden_states {x.dtype} {tuple(x.shape)} on {x.device}")
-        if not 0 < num_tokens <= MAX_TOKENS or not x.is_contiguous():
-            raise Refused(f"{num_tokens} tokens of strides {x.stride()}, not 1 to {MAX_TOKENS} contiguous ones")
+        if not 0 < num_tokens <= most or not x.is_contiguous():
+            raise Refused(f"{num_tokens} tokens of strides {x.stride()}, not 1 to {most} contiguous ones")
         for table, name, tensor in block.known:
             if table[name] is not tensor:
                 raise Unsettled("weights that were replaced")
