@@ -61,7 +61,7 @@ ALLOWED = {
     "replay": {".launch", ".scratch"},
     "aten": {".errors", ".kernels", ".launch"},
     "patches": {
-".aten", ".cublaslt", ".errors", ".faster", ".kernels", ".launch", ".nouns", ".policy", ".probes", ".replay",
+        ".aten", ".cublaslt", ".errors", ".faster", ".kernels", ".launch", ".nouns", ".policy", ".probes", ".replay",
         ".seams", ".sites", ".tuned",
     },
     "binders": {".probes", ".nouns", ".sites", ".worlds"},
