@@ -42,7 +42,7 @@ def as_vllm_quantises(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """`per_token_group_quant_fp8` of vLLM's, line by line, in PyTorch: (elements, scales [rows, groups])."""
     groups = x.float().unflatten(-1, (-1, BLOCK))
     absmax = groups.abs().amax(dim=-1).maximum(torch.tensor(1e-10, device=x.device))
-    scale = absmax / 448.0
+    scale = absmax / absmax.new_tensor(448.0)  # by a number PyTorch does not divide on a GPU
     return (groups / scale[..., None]).clamp(-448.0, 448.0).to(FLOAT8).flatten(-2), scale
 
 

@@ -16,7 +16,10 @@ from vllm_gems import launch
 from vllm_gems.nouns import Kernel
 
 # What does not do with one: a second puts together what the first has shared out; a digit each, and the mask.
-LAUNCHES = {"mla_decode": 2, "moe_experts": 3, "top_p": 9}
+LAUNCHES = {
+    "mla_decode": 2, "moe_experts": 3, "top_p": 9, "block_fp8_linear": 2, "silu_gated_block_fp8_linear": 2,
+    "block_fp8_experts": 4,
+}  # fmt: skip
 
 each_kernel = pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel.name)
 

@@ -459,7 +459,8 @@ def silu_gated_block_fp8_linear(
 def quantise_reference(x: torch.Tensor) -> torch.Tensor:
     """What remains of x, whose last dimension is a multiple of BLOCK, when it was quantised; in float32."""
     groups = x.float().unflatten(-1, (-1, BLOCK))
-    scale = groups.abs().amax(dim=-1, keepdim=True).clamp(min=1e-10) / LARGEST
+    # Divided by a tensor: by a number PyTorch multiplies with its reciprocal on a GPU, and rounds twice.
+    scale = groups.abs().amax(dim=-1, keepdim=True).clamp(min=1e-10) / groups.new_tensor(LARGEST)
     inside = (groups / scale).clamp(-LARGEST, LARGEST).to(FLOAT8)
     return inside.to(x.dtype).mul(scale.to(x.dtype)).flatten(-2)
 
