@@ -241,9 +241,9 @@ def alone_calls(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dic
     }
 
 
-def stand_alone(rounds: int) -> int:
-    """Print the host's time of the functions that stand alone, at the smaller shape; how many take longer."""
-    slower = 0
+def stand_alone(rounds: int) -> list[dict[str, Any]]:
+    """Rows of the host's time of the functions that stand alone, at the smaller shape, which are printed, too."""
+    rows: list[dict[str, Any]] = []
     print(f"{'us of the host':14} {'ours':>7} {'aten':>7} {'ratio':>6}   {'by name':>7} {'aten':>7} {'ratio':>6}")
     for name, op in standalone.TABLE.items():
         overload = op()
@@ -252,14 +252,23 @@ def stand_alone(rounds: int) -> int:
         before = ops.FALLBACKS[name]
         times = measure.host_us(alone_calls(name, args, kwargs), rounds=rounds, pause=torch.cuda.synchronize)
         ours, others, ours_named, others_named = times.values()
-        slower += ours > others
+        rows.append(
+            {
+                "case": {"function": name, "num_tokens": TOKENS[0], "hidden_size": HIDDEN},
+                "unit": "us of the host",
+                "ours": round(ours, 2),
+                "against": {"aten": round(others, 2)},
+                "by_name": {"ours": round(ours_named, 2), "aten": round(others_named, 2)},
+            }
+        )
         done = "" if ops.FALLBACKS[name] == before else "  done by PyTorch"
         print(
             f"{name:14} {ours:7.2f} {others:7.2f} {ours / others:6.2f}   "
             f"{ours_named:7.2f} {others_named:7.2f} {ours_named / others_named:6.2f}{done}"
         )
+    slower = sum(row["ours"] > row["against"]["aten"] for row in rows)
     print(f"{slower} of {len(standalone.TABLE)} take the host longer than PyTorch's")
-    return slower
+    return rows
 
 
 def main() -> int:
@@ -269,13 +278,14 @@ def main() -> int:
     parser.add_argument("--record", default="aten", help="the record's name")
     parser.add_argument("--out", type=pathlib.Path, help="its folder")
     parser.add_argument("--commit", default="", help="for the record, where there is no git")
-    parser.add_argument("--alone", action="store_true", help="only print the host's time of what stands alone")
+    parser.add_argument("--alone", action="store_true", help="only the host's time of functions: `standalone_host`")
     args = parser.parse_args()
     if not torch.cuda.is_available():
         print("there is no GPU here", file=sys.stderr)
         return 1
     if args.alone:
-        stand_alone(args.rounds)
+        path = measure.record("standalone_host", stand_alone(args.rounds), folder=args.out, commit=args.commit)
+        print(f"recorded {path}")
         return 0
     rows, failed = [], []
     try:

@@ -219,7 +219,7 @@ def expert_rows(experts: Experts, *, points: list[int], timed: bool, tilings: bo
                 for name, value in sets[0].items()}  # fmt: skip
         want = block_fp8_experts_reference(**wide)[0]
         sides: dict[str, Call] = {"ours": block_fp8_experts, "vllm_triton": fused_experts}
-        yield row_of({"op": "block_fp8_experts", "model": MODEL, "tokens": tokens}, sides, sets, want, timed)
+        yield row_of({"op": "block_fp8_experts", "layer": "experts", "rows": tokens}, sides, sets, want, timed)
         if tilings:
             tell_best(f"experts {tokens}", experts_tilings(experts, tokens), sets)
 

@@ -160,6 +160,29 @@ def moe_experts(record: Record) -> str:
     return markdown(("model", "tokens", "vLLM, us", "ours, us", "ratio", "vLLM's error", "ours"), rows)
 
 
+def block_fp8(record: Record) -> str:
+    """GPU time of layers with weights in block-wise float8 over vLLM's, by the number of rows, and the errors."""
+    rows, counts = [], sorted({row["case"]["rows"] for row in record["rows"]})
+    for (op, layer), found in by(record["rows"], "op", "layer").items():
+        (stock,) = found[0]["against"]
+        pairs = [(row["against"][stock], row["ours"]) for row in found]
+        times = [f"{theirs:.1f} → {ours:.1f} ({ours / theirs:.2f})" for theirs, ours in pairs]
+        worst = max(row["errors"]["ours"] / row["errors"][stock] for row in found)
+        rows.append((f"`{op}`", layer, stock.removeprefix("vllm_"), *times, f"{worst:.2f}"))
+    head = ("op", "layer", "vLLM's", *(f"{count} rows, us" for count in counts), "error over vLLM's, worst")
+    return markdown(head, rows)
+
+
+def standalone_host(record: Record) -> str:
+    """Host time of the functions that stand beside PyTorch's operations, over PyTorch's."""
+    rows = [
+        (f"`{row['case']['function']}`", f"{row['against']['aten']:.1f}", f"{row['ours']:.1f}",
+         f"{row['ours'] / row['against']['aten']:.2f}", f"{row['by_name']['ours'] / row['by_name']['aten']:.2f}")
+        for row in record["rows"]
+    ]  # fmt: skip
+    return markdown(("function", "PyTorch, us", "ours, us", "ratio", "ratio with arguments by name"), rows)
+
+
 def eager_budget(record: Record) -> str:
     """Microseconds of a step by part: vLLM's and ours at each batch size."""
     sides = "vLLM", "vllm-gems"
@@ -302,10 +325,13 @@ TABLES: dict[str, Callable[[Record], str]] = {
     "serve_eager_qwen3_moe": serve_eager,
     "serve_eager_deepseek": serve_eager,
     "serve_eager_deepseek_v3": serve_eager,
+    "serve_eager_deepseek_v3_fp8": serve_eager,
     "serve_compiled_deepseek_v3": serve_compiled,
     "serve_modes": serve_modes,
     "serving": serving,
     "aten": default_overrides,
+    "standalone_host": standalone_host,
+    "block_fp8": block_fp8,
     "model_accuracy": model_accuracy,
     "pretune": pretune,
     "patches": patches,

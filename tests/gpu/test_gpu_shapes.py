@@ -36,7 +36,8 @@ def test_unaligned(kernel: Kernel, dtype: str) -> None:
     for case in (small_case(kernel), *bench_cases(kernel, most_tokens=32)):
         inputs = kernel.inputs(case, dtype, "cuda")
         for name, value in inputs.items():
-            if isinstance(value, torch.Tensor):
+            # vLLM's weights in float8 lie at multiples of 16 bytes, and others are refused.
+            if isinstance(value, torch.Tensor) and value.dtype is not torch.float8_e4m3fn:
                 inputs[name] = gpu_cases.relocated(value, shift=1)
                 assert inputs[name].data_ptr() % 16
         checked(kernel, inputs, f"{case.name}, unaligned")

@@ -315,6 +315,5 @@ PATCHES = (
         (*_KERNELS, "grouped_topk", "moe_experts"),
         _decoder_layer,
         "a decode step of a layer, experts and all, in one recording",
-        default=False,
     ),
 )
