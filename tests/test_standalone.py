@@ -359,3 +359,36 @@ def test_no_name_hides_a_module_or_a_verb() -> None:
 
     taken = {each.name for each in pkgutil.iter_modules(vllm_gems.__path__)} | set(vllm_gems.__all__)
     assert not taken & {*standalone.TABLE, *catalog().kernels, "device"}
+
+
+TRANSFORMED = tuple(name for name in standalone.TABLE if name not in (*standalone._WITHOUT_GRADIENT, "layer_norm"))
+
+
+@pytest.mark.parametrize("name", TRANSFORMED)
+def test_transforms_are_pytorchs(name: str) -> None:
+    """Derivatives forwards and backwards by torch.func, also where a call like it was done by the kernel before."""
+    args = [each.detach() if isinstance(each, torch.Tensor) else each for each in arguments(name)]
+    at = next(index for index, each in enumerate(args) if isinstance(each, torch.Tensor) and each.is_floating_point())
+    op = standalone.TABLE[name]
+    ours, pytorchs = standalone.function(name), op()
+
+    def along(call: Any, rest: tuple[Any, ...] = ()) -> Any:
+        return lambda x: call(*args[:at], x, *args[at + 1 :], *rest)
+
+    mine, others = along(ours), along(pytorchs, op.rest)
+    mine(args[at])
+    tangent = torch.randn_like(args[at])
+    for got, want in zip(
+        torch.func.jvp(mine, (args[at],), (tangent,)), torch.func.jvp(others, (args[at],), (tangent,)), strict=True
+    ):
+        torch.testing.assert_close(got, want)
+    got, want = (torch.func.grad(lambda x, call=call: call(x).square().sum())(args[at]) for call in (mine, others))
+    torch.testing.assert_close(got, want)
+    with torch.autograd.forward_ad.dual_level(), pytest.raises(NotImplementedError, match="forward mode"):
+        along(getattr(torch.ops.vllm_gems, name))(torch.autograd.forward_ad.make_dual(args[at], tangent))
+
+
+def test_kernels_have_no_tangents() -> None:
+    x, weight = torch.randn(3, 8, device=DEVICE), torch.ones(8, device=DEVICE)
+    with torch.autograd.forward_ad.dual_level(), pytest.raises(NotImplementedError, match="forward mode"):
+        vllm_gems.rms_norm(torch.autograd.forward_ad.make_dual(x, x), weight, 1e-6)

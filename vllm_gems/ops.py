@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 from .errors import LateCompileError
 from .nouns import Kernel
@@ -42,8 +43,17 @@ def define(kernels: Iterable[Kernel]) -> None:
             _DEFINED.add(kernel.name)
 
 
+def refuse_tangents(name: str) -> None:
+    """Raise NotImplementedError where derivatives are computed forwards: PyTorch would take those of an op for zero."""
+    if forward_ad._current_level >= 0:
+        raise NotImplementedError(
+            f"torch.ops.vllm_gems.{name} has no derivative in forward mode: call PyTorch's own operation there"
+        )
+
+
 def _implementation(kernel: Kernel) -> Callable[..., Any]:
     def run(*args: Any, **kwargs: Any) -> Any:
+        refuse_tangents(kernel.name)
         try:
             result = kernel.op(*args, **kwargs)
         except (torch.OutOfMemoryError, LateCompileError):

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+from torch.autograd import forward_ad
 
 from . import ops
 from .aten.overloads import Attempts, Overload, is_replaceable, name_of, signature_of
@@ -115,14 +116,15 @@ def _written_out(name: str, op: Any) -> Callable[..., Any]:
 def {name}({signature.heads}):
     if is_traced() or modes():  # Dynamo does not look further than the first
         return op({signature.given})
-    try:
-        for attempt in attempts({signature.names[attempts.first]}.shape, ()):
-            result = attempt({", ".join([*signature.names, *rest])})
-            if result is not None:
-                calls[{name!r}] += 1
-                return result
-    except Exception:
-        pass  # it is tried once more, and then left to PyTorch
+    if forward_ad._current_level < 0:
+        try:
+            for attempt in attempts({signature.names[attempts.first]}.shape, ()):
+                result = attempt({", ".join([*signature.names, *rest])})
+                if result is not None:
+                    calls[{name!r}] += 1
+                    return result
+        except Exception:
+            pass  # it is tried once more, and then left to PyTorch
     return direct({signature.given})
 """
     found: dict[str, Any] = {
@@ -132,7 +134,8 @@ def {name}({signature.heads}):
         "modes": torch._C._len_torch_dispatch_stack,  # guards do not see that of fake tensors
         "op": op,
         "attempts": attempts.find,
-        "direct": _shortcut(op, _direct(name, attempts), differentiable=True),
+        "forward_ad": forward_ad,  # guards do not see tangents either
+        "direct": _shortcut(op, _direct(name, attempts), _pytorchs(name)),
         "calls": ops.CALLS,
     }
     exec(text, found)
@@ -140,20 +143,27 @@ def {name}({signature.heads}):
     return function
 
 
-def _shortcut(op: Any, direct: Callable[..., Any], differentiable: bool = False) -> Callable[..., Any]:
-    """`direct` where the dispatcher would do nothing before it, else `op`."""
+def _shortcut(op: Any, direct: Callable[..., Any], own: Callable[..., Any] | None = None) -> Callable[..., Any]:
+    """`direct` where the dispatcher would do nothing before it, else `op`.
+
+    own: PyTorch's operation, where there is one, which has gradients; it is called in transforms of torch.func and for
+    derivatives in forward mode, where an op's would be zero.
+    """
     plain = _plain()
     keys_of, modes = torch._C._dispatch_keys, torch._C._len_torch_dispatch_stack
+    transform = torch._C._functorch.peek_interpreter_stack
 
     def call(*args: Any, **kwargs: Any) -> Any:
         # Dynamo does not look further than this.
         if torch.compiler.is_dynamo_compiling() or modes():
             return op(*args, **kwargs)
+        if forward_ad._current_level >= 0 or transform() is not None:
+            return (own or op)(*args, **kwargs)
         for each in (*args, *kwargs.values()) if kwargs else args:
             if not isinstance(each, torch.Tensor):
                 continue
             if keys_of(each).raw_repr() not in plain or (
-                differentiable and each.requires_grad and torch.is_grad_enabled()
+                own is not None and each.requires_grad and torch.is_grad_enabled()
             ):
                 return op(*args, **kwargs)
         return direct(*args, **kwargs)
@@ -201,9 +211,10 @@ _WITHOUT_GRADIENT = ("eq_tensor", "lt_tensor", "argmax")
 
 def _direct(name: str, attempts: Attempts | None = None) -> Callable[..., Any]:
     """What an op does once the dispatcher is through."""
-    op, overload, call = TABLE[name], TABLE[name](), _overload_of(name)
+    op, call, own = TABLE[name], _overload_of(name), _pytorchs(name)
 
     def run(*args: Any, **kwargs: Any) -> Any:
+        ops.refuse_tangents(name)
         try:
             result = call((*args, *op.rest), kwargs, attempts)
         except torch.OutOfMemoryError:
@@ -211,10 +222,20 @@ def _direct(name: str, attempts: Attempts | None = None) -> Callable[..., Any]:
         except Exception:
             if not ops.FALLBACKS[name]:
                 logger.debug("torch.ops.vllm_gems.%s is done by PyTorch", name, exc_info=True)
-            ops.FALLBACKS[name] += 1
-            return overload(*args, *op.rest, **kwargs)
+            return own(*args, **kwargs)
         ops.CALLS[name] += 1
         return result
+
+    return run
+
+
+def _pytorchs(name: str) -> Callable[..., Any]:
+    """PyTorch's operation in the place of an op, counted."""
+    op, overload = TABLE[name], TABLE[name]()
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        ops.FALLBACKS[name] += 1
+        return overload(*args, *op.rest, **kwargs)
 
     return run
 
