@@ -35,13 +35,23 @@ def gpus() -> list[str]:
     return sorted(path.name for path in RESULTS.glob("*") if path.is_dir() and path.name != "cpu")
 
 
-# Tables of several records, one for each model.
-GATHERED = {"serve_modes": "serve_modes_*", "serving": "serving_*"}
+# Tables of several records, one for each model: patterns of their names.
+GATHERED = {
+    "decode": (
+        "serve_eager_recorded", "serve_eager_llama", "serve_eager_qwen3", "serve_eager_qwen3_moe",
+        "serve_eager_deepseek", "serve_eager_deepseek_v3", "serve_eager_deepseek_v3_fp8",
+    ),
+    "serve_modes": ("serve_modes_*",),
+    "serving": ("serving_*",),
+}  # fmt: skip
 
 
 def load(name: str) -> list[dict[str, Record]]:
     """The records of the table called `name`, by their own names, for every GPU that has any."""
-    found = [sorted((RESULTS / gpu).glob(f"{GATHERED.get(name, name)}.json")) for gpu in gpus()]
+    patterns = GATHERED.get(name, (name,))
+    found = [
+        [path for pattern in patterns for path in sorted((RESULTS / gpu).glob(f"{pattern}.json"))] for gpu in gpus()
+    ]
     return [{path.stem: json.loads(path.read_text()) for path in paths} for paths in found if paths]
 
 
@@ -113,6 +123,24 @@ def serve_eager(record: Record) -> str:
         )
     mode, ratio = (("vLLM compiled, ms",), ("ratio to compiled",)) if compiled else ((), ())
     head = ("model", "step", "vLLM, ms", *mode, "with vllm-gems, ms", "ratio of a turn, median (range)", *ratio)
+    return markdown(head, rows)
+
+
+def decode(record: Record) -> str:
+    """Decode steps of all models, in short: at how many requests, and how long each side takes."""
+    rows = []
+    for row in record["rows"]:
+        case, against, ours = row["case"], row["against"], row["ours"]
+        if "prefill" in case or case["batch"] not in (1, 32, 256):
+            continue
+        compiled = against.get("stock_compiled")
+        batch = f"{case['batch']}" + (f", context {case['context']}" if "context" in case else "")
+        times = (f"{time:.1f}" if time else "" for time in (against["stock"], compiled, ours))
+        ratios = (f"{ours / time:.2f}" if time else "" for time in (against["stock"], compiled))
+        rows.append((str(case["model"]), batch, *times, *ratios))
+    head = (
+        "model", "requests", "vLLM eager, ms", "compiled, ms", "with vllm-gems, ms", "of eager", "of compiled",
+    )  # fmt: skip
     return markdown(head, rows)
 
 
@@ -316,6 +344,7 @@ def patches(record: Record) -> str:
 
 
 TABLES: dict[str, Callable[[Record], str]] = {
+    "decode": decode,
     "kernels_gpu": kernels_gpu,
     "host_per_call": host_per_call,
     "serve_eager_dense": serve_eager,
@@ -349,17 +378,19 @@ def rendered(name: str) -> str:
     parts = []
     for records in load(name):
         first, *_ = records.values()
-        versions, switched = first["versions"], first.get("environment", {})
-        if any((each["versions"], each.get("environment", {})) != (versions, switched) for each in records.values()):
-            raise ValueError(f"the records of {name} were made with different versions or switches")
+        versions = first["versions"]
+        if any(each["versions"] != versions for each in records.values()):
+            raise ValueError(f"the records of {name} were made with different versions")
         where = f"{first['gpu']}, vLLM {versions['vllm']}, PyTorch {versions['torch']}, Triton {versions['triton']}"
-        source = "; ".join(
-            f"`{stem}.json`, {each['date']}, commit {each['commit'][:10]}" for stem, each in records.items()
-        )
-        switches = "".join(f", `{name}={value}`" for name, value in switched.items())
+        source = "; ".join(f"`{stem}.json`, {_made(each)}" for stem, each in records.items())
         whole = {**first, "rows": [row for each in records.values() for row in each["rows"]]}
-        parts.append(f"{where}{switches} ({source}):\n\n{TABLES[name](whole)}")
+        parts.append(f"{where} ({source}):\n\n{TABLES[name](whole)}")
     return "\n\n".join(parts) or "Not measured yet."
+
+
+def _made(record: Record) -> str:
+    switches = (f", `{name}={value}`" for name, value in record.get("environment", {}).items())
+    return f"{record['date']}, commit {record['commit'][:10]}{''.join(switches)}"
 
 
 def updated(text: str) -> str:
