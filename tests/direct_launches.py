@@ -536,6 +536,56 @@ def test_a_status_of_a_recorded_function_is_an_error(in_c: None) -> None:
     assert len(found) == 1
 
 
+def test_a_recording_whose_first_launch_is_refused_is_launched_one_by_one(
+    standin: Standin, triton_launches: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A thread may have no context yet, which Triton makes; what is wrong still is told in Triton's words."""
+    monkeypatch.setattr(replay, "arena", lambda device, stream, nbytes: ARENA)
+    direct, args = launcher(ONE, 0), addresses(arguments(ONE))
+
+    def launches(memory: Any, x: int) -> None:
+        direct(0, x, *args[1:])
+        direct(3, memory(100), *args[1:])
+        direct(4, x, *args[1:])
+
+    run = replay.bind(0, launches)
+    expected = replayed(run, (), (args[0],))
+    assert [each.grid[0] for each in expected] == [3, 4]
+    standin.library.standin_fail(1)
+    assert replayed(run, (), (args[0],)) == expected
+    assert triton_launches == []  # a launch by itself was not refused any more
+    standin.library.standin_fail(2)
+    assert replayed(run, (), (args[0],)) == expected
+    assert triton_launches == [3]
+    standin.library.standin_fail(3)
+    with STANDIN.launches() as found, pytest.raises(RuntimeError, match=r"Triton Error \[CUDA\]"):
+        run((), (args[0],))
+    assert found == []
+
+
+def test_a_recording_that_has_begun_is_not_begun_again(in_c: None) -> None:
+    """What is refused after other launches, or after a function, which may have launched some, is an error."""
+
+    @ctypes.CFUNCTYPE(ctypes.c_int, *(ctypes.c_uint64,) * 16)
+    def refuses_the_next(*_: int) -> int:
+        STANDIN.library.standin_fail(1)
+        return 0
+
+    direct, args = launcher(ONE, 0), addresses(arguments(ONE))
+
+    def launches(memory: Any, before: bool) -> None:
+        if before:
+            direct(1, *args)
+        launch.recording().call(refuses_the_next)
+        direct(1, *args)
+
+    for before in (False, True):
+        message = f"launch {2 + before} of {2 + before} returned status"
+        with STANDIN.launches() as found, pytest.raises(RuntimeError, match=message):
+            replay.bind(0, launches)((before,), ())
+        assert len(found) == before
+
+
 @pytest.mark.parametrize("name", ["launch_enter_hook", "launch_exit_hook"])
 def test_hooks_are_told_of_recorded_launches(name: str, standin: Standin, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(replay, "arena", lambda device, stream, nbytes: ARENA)

@@ -72,7 +72,7 @@ static PyObject *make(PyObject *self, PyObject *args) {
   return capsule;
 }
 
-// run(program, stream, values of the other slots ...)
+// run(program, stream, values of the other slots ...) -> whether it was launched; if not, none of it was
 static PyObject *run(PyObject *self, PyObject *const *args, Py_ssize_t count) {
   Program *p = count < 1 ? NULL : PyCapsule_GetPointer(args[0], "vllm_gems.program");
   if (!p) {
@@ -91,27 +91,31 @@ static PyObject *run(PyObject *self, PyObject *const *args, Py_ssize_t count) {
   for (uint32_t i = 0; i < p->patches; i++) cell[p->patch[i].cell] = slot[p->patch[i].slot] + p->patch[i].offset;
   for (uint32_t i = 0; i < p->cells; i++) argument[i] = &cell[i];
   int status = 0;
-  uint32_t at = 0;
+  uint32_t at = 0, done = 0; // what a function did before it failed is not known
   // A full queue makes a launch wait, and what it waits for may need another thread of Python.
   Py_BEGIN_ALLOW_THREADS;
   for (; at < p->launches && !status; at++) {
     const Launch *l = &p->launched[at];
     const uint64_t *c = &cell[l->first];
-    if (!l->threads)
+    if (!l->threads) {
+      done++;
       status = ((Call)(uintptr_t)l->kernel)(c[0], c[1], c[2], c[3], c[4], c[5], c[6], c[7], c[8], c[9], c[10], c[11],
                                             c[12], c[13], c[14], c[15]);
-    else if (l->grid)
+    } else if (l->grid) {
       status = p->launch((void *)(uintptr_t)l->kernel, l->grid, 1, 1, l->threads, 1, 1, l->shared,
                          (void *)(uintptr_t)slot[0], &argument[l->first], NULL);
+      done += !status;
+    }
   }
   Py_END_ALLOW_THREADS;
-  if (status) return PyErr_Format(PyExc_RuntimeError, "launch %u of %u returned status %d", at, p->launches, status);
-  Py_RETURN_NONE;
+  if (!status) Py_RETURN_TRUE;
+  if (!done) Py_RETURN_FALSE;
+  return PyErr_Format(PyExc_RuntimeError, "launch %u of %u returned status %d", at, p->launches, status);
 }
 
 static PyMethodDef methods[] = {
     {"make", make, METH_VARARGS, "make(launch, slots, cells, launches, patches) -> program"},
-    {"run", (PyCFunction)(void (*)(void))run, METH_FASTCALL, "run(program, stream, ...)"},
+    {"run", (PyCFunction)(void (*)(void))run, METH_FASTCALL, "run(program, stream, ...) -> whether it was"},
     {NULL, NULL, 0, NULL}};
 static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, "vllm_gems_replay", NULL, -1, methods, NULL, NULL, NULL, NULL};
 PyMODINIT_FUNC PyInit_vllm_gems_replay(void) { return PyModule_Create(&module); }

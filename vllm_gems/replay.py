@@ -7,7 +7,8 @@ everything in `replay.c`, without Python in between. This is what a CUDA graph d
 GPU's is as in eager mode, every kernel a launch of its own on the current stream, and nothing is captured or replayed
 there. Memory that launches need among themselves is laid out while they are recorded, in one arena of the stream.
 
-Without a C compiler or a driver that tells a kernel's parameters, the same launches are made one by one, from Python.
+Without a C compiler or a driver that tells a kernel's parameters, the same launches are made one by one, from Python;
+and so they are where the driver refuses the first: a thread may have no context yet, which Triton makes.
 """
 
 from __future__ import annotations
@@ -197,7 +198,7 @@ def bind(
     raw_stream = launching.raw_streams(device)
     ready = launching.readiness(device)
     recordings: dict[Any, _Recording] = {}
-    replay: Callable[..., None] | None = None
+    replay: Callable[..., bool] | None = None
 
     def record(key: Any, facts: tuple[Any, ...], addresses: tuple[int, ...]) -> _Recording:
         nonlocal replay
@@ -226,9 +227,8 @@ def bind(
             key = (stream, facts, tuple(address & 15 for address in addresses))
         recording = recordings.get(key) or record(key, facts, addresses)
         at = arena(device, stream, recording.bytes)
-        if recording.program is None or not ready():
+        native = recording.program is not None and ready()
+        if not native or not replay(recording.program, stream, at, *addresses):  # type: ignore[misc]
             _one_by_one(recording.entries, (stream, at, *addresses))
-        else:
-            replay(recording.program, stream, at, *addresses)  # type: ignore[misc]
 
     return run
