@@ -8,11 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
+import triton
 from aten_calls import DEVICE
 
 import vllm_gems
+from vllm_gems import launch
 from vllm_gems.catalog import aten_catalog
-from vllm_gems.errors import UnknownNameError
+from vllm_gems.errors import LateCompileError, UnknownNameError
 from vllm_gems.nouns import State
 from vllm_gems.overrides import overrides
 
@@ -203,6 +205,26 @@ def test_a_kernel_that_raises_leaves_the_call_to_pytorch(monkeypatch: pytest.Mon
         (row,) = (row for row in vllm_gems.report().rows if row.patch == "aten.mul.Tensor")
     assert row.state is State.FAILED
     assert "RuntimeError: no" in row.why
+
+
+def test_forbidden_compilations_pass_through(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At the first call that looks so, and where one was done before, of tensors that were aligned."""
+
+    def forbid(**about: object) -> None:
+        raise RuntimeError("not now")
+
+    memory = torch.randn(51, device=DEVICE)
+    with vllm_gems.use_gems("erf"):
+        torch.erf(memory[:50].view(2, 25))
+        monkeypatch.setattr(launch, "_LAUNCHES", {})
+        monkeypatch.setattr(triton.knobs.runtime, "jit_post_compile_hook", forbid)
+        torch.erf(memory[:50].view(2, 25))
+        for x in (memory[1:].view(2, 25), memory.double()):
+            for _ in range(2):
+                with pytest.raises(LateCompileError, match="not now"):
+                    torch.erf(x)
+        (row,) = (row for row in vllm_gems.report().rows if row.patch == "aten.erf")
+    assert (row.state, row.hits, row.errors) == (State.BOUND, 2, 0)
 
 
 def test_writing_to_what_is_read_elsewhere_is_pytorchs() -> None:

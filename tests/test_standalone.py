@@ -10,11 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+import triton
 from aten_calls import DEVICE
 
 import vllm_gems
-from vllm_gems import ops, standalone
+from vllm_gems import launch, ops, standalone
 from vllm_gems.catalog import catalog
+from vllm_gems.errors import LateCompileError
 
 CHECKS = (
     "test_schema",
@@ -315,6 +317,30 @@ def test_what_we_decline_is_done_by_pytorch_and_counted() -> None:
         assert ops.FALLBACKS["mul_tensor"] == before + 1
     finally:
         ops.FALLBACKS["mul_tensor"] = before
+
+
+def test_forbidden_compilations_pass_through(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At the first call that looks so, and where one was done before, of tensors that were aligned."""
+
+    def forbid(**about: Any) -> None:
+        raise RuntimeError("not now")
+
+    memory = torch.randn(71, device=DEVICE)
+    aligned, misaligned = memory[:70].view(2, 5, 7), memory[1:].view(2, 5, 7)
+    vllm_gems.tanh(aligned)
+    before = ops.FALLBACKS["tanh"]
+    monkeypatch.setattr(launch, "_LAUNCHES", {})
+    monkeypatch.setattr(triton.knobs.runtime, "jit_post_compile_hook", forbid)
+    vllm_gems.tanh(aligned)
+    for call in (
+        lambda: vllm_gems.tanh(misaligned), lambda: vllm_gems.tanh(aligned.double()),
+        lambda: torch.ops.vllm_gems.tanh(aligned.double()), lambda: vllm_gems.silu_and_mul(aligned[..., :6]),
+        lambda: torch.ops.vllm_gems.silu_and_mul(aligned[..., :6]),
+    ):  # fmt: skip
+        for _ in range(2):
+            with pytest.raises(LateCompileError, match="not now"):
+                call()
+    assert ops.FALLBACKS["tanh"] == before
 
 
 def test_names_of_arguments() -> None:
