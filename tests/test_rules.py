@@ -66,7 +66,7 @@ ALLOWED = {
     },
     "binders": {".probes", ".nouns", ".sites", ".worlds"},
     "ops": {".errors", ".nouns"},
-    "standalone": {".aten", ".catalog", ".ops", ".patches"},
+    "standalone": {".aten", ".catalog", ".nouns", ".ops", ".patches"},
     "hookspecs": {".nouns"},
     "catalog": {".errors", ".hookspecs", ".kernels", ".nouns", ".patches", ".seams"},
 }

@@ -12,11 +12,14 @@ import pytest
 import torch
 import triton
 from aten_calls import DEVICE
+from test_kernels import KERNELS, results_of, widened
+from tolerances import absolute, assert_close
 
 import vllm_gems
 from vllm_gems import launch, ops, standalone
 from vllm_gems.catalog import catalog
-from vllm_gems.errors import LateCompileError
+from vllm_gems.errors import LateCompileError, Refused
+from vllm_gems.nouns import Case, Kernel
 
 CHECKS = (
     "test_schema",
@@ -281,7 +284,7 @@ def test_looks_that_change_all_the_time(monkeypatch: pytest.MonkeyPatch) -> None
     x = torch.randn(6, device=DEVICE)
     for number in (1, 2.0, True, None, "five", b"six"):
         attempts.add((x, number), lambda args: args)
-    assert [attempt(x, b"six") for attempt in attempts.find(x.shape)] == [(x, b"six"), None, None, None]
+    assert [attempt(x, b"six") for attempt in attempts.find(x.shape)] == [(x, b"six"), *[overloads.MISSED] * 3]
     for size in range(20):
         attempts.add((x[:size], 1), lambda args: args)
         assert len(attempts._found) <= 5
@@ -418,3 +421,125 @@ def test_kernels_have_no_tangents() -> None:
     x, weight = torch.randn(3, 8, device=DEVICE), torch.ones(8, device=DEVICE)
     with torch.autograd.forward_ad.dual_level(), pytest.raises(NotImplementedError, match="forward mode"):
         vllm_gems.rms_norm(torch.autograd.forward_ad.make_dual(x, x), weight, 1e-6)
+
+
+# The package's own kernels, as functions
+
+
+def case_of(kernel: Kernel) -> Case:
+    return next(case for case in kernel.cases if not case.bench)
+
+
+@pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel.name)
+def test_kernels_do_again_what_they_did_before(kernel: Kernel, by_attempts: Any) -> None:
+    """With the tensors of each call, in memory of its own, and with nothing asked once more."""
+    function = standalone.function(kernel.name)
+
+    def check() -> None:
+        inputs = kernel.inputs(case_of(kernel), "float32", DEVICE)
+        expected = kernel.reference(**widened(inputs))
+        atol = absolute(kernel.name, inputs, torch.float32)
+        returned = function(**inputs)
+        assert (returned is None) == (not any(where.startswith("return") for where in kernel.results))
+        for got, want in zip(results_of(kernel, inputs, returned), expected, strict=True):
+            if want is not None:
+                assert_close(got, want, kernel.name, atol)
+
+    before = ops.CALLS[kernel.name]
+    check()
+    with by_attempts(function):
+        check()
+        check()
+    assert ops.CALLS[kernel.name] == before  # which counts what goes through PyTorch's dispatcher
+
+
+def normalised(x: torch.Tensor, weight: torch.Tensor | None, epsilon: float, size: int | None = None) -> torch.Tensor:
+    (found,) = catalog().kernels["rms_norm"].reference(x, weight, epsilon, size)
+    assert isinstance(found, torch.Tensor)
+    return found
+
+
+def test_kernels_settle_values_and_looks(by_attempts: Any) -> None:
+    """What was settled for some arguments is not done to others."""
+    norm = vllm_gems.rms_norm
+    x, weight = torch.randn(3, 8, device=DEVICE), torch.rand(8, device=DEVICE)
+    looks = [
+        (x, weight, 1e-6), (x, weight, 0.5), (x, None, 0.5), (x, weight, 0.5, 4), (x, weight.half(), 0.5),
+        (torch.randn(8, 3, device=DEVICE).T.contiguous(), weight, 0.5), (x[1:], weight, 0.5),
+        (torch.randn(3, 16, device=DEVICE)[:, :8], weight, 0.5),
+        (torch.randn(25, device=DEVICE)[1:].view(3, 8), weight, 1), (x, x[0], 0.5), (x[0], x[0], 0.5),
+    ]  # fmt: skip
+    for args in looks:
+        torch.testing.assert_close(norm(*args), normalised(*args))
+    for args in reversed(looks[-4:]):  # as many of a shape are known
+        with by_attempts(norm):
+            torch.testing.assert_close(norm(*args), normalised(*args))
+    out = torch.full_like(x, torch.nan)
+    for _ in range(2):
+        assert norm(x, weight, 0.5, out=out) is out
+        torch.testing.assert_close(out, normalised(x, weight, 0.5))
+        assert norm(x, weight, epsilon=0.5) is not out
+        with pytest.raises(Refused, match="out is not a contiguous"):
+            norm(x, weight, 0.5, None, out[:2])
+        with pytest.raises(Refused, match="weight is"):
+            norm(x, weight[:4], 0.5)
+    with by_attempts(norm):
+        assert norm(x, weight, 0.5, out=out) is out
+    limits = [vllm_gems.silu_and_mul_with_clamp(10 * x, limit) for limit in (1.0, 2.0, 1.0)]
+    assert torch.equal(limits[0], limits[2])
+    assert not torch.equal(limits[0], limits[1])
+
+
+def test_kernels_take_weights_that_want_gradients() -> None:
+    """They have none, and give none, whatever is asked for."""
+    x, weight = torch.randn(3, 8, device=DEVICE), torch.nn.Parameter(torch.rand(8, device=DEVICE))
+    for _ in range(2):
+        assert not vllm_gems.rms_norm(x, weight, 1e-6).requires_grad
+        with torch.no_grad():
+            assert not vllm_gems.rms_norm(x, weight, 1e-6).requires_grad
+
+
+def test_kernels_leave_to_the_dispatcher_what_is_its_own() -> None:
+    x, weight = torch.randn(3, 8, device=DEVICE), torch.rand(8, device=DEVICE)
+    expected = vllm_gems.rms_norm(x, weight, 1e-6)
+    for _ in range(2):
+        with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True) as mode:
+            assert isinstance(vllm_gems.rms_norm(mode.from_tensor(x), weight, 1e-6), torch._subclasses.FakeTensor)
+            with pytest.raises((RuntimeError, TypeError), match="argument"):
+                vllm_gems.rms_norm(mode.from_tensor(x), weight, 1e-6, out=mode.from_tensor(x))
+        before = ops.CALLS["rms_norm"]
+        torch.testing.assert_close(vllm_gems.rms_norm(torch._neg_view(x), weight, 1e-6), -expected)
+        assert ops.CALLS["rms_norm"] == before + 1
+
+
+@pytest.mark.parametrize("name", ["rms_norm", "fused_add_rms_norm", "silu_and_mul", "rotary_embedding"])
+def test_kernels_in_a_graph(name: str) -> None:
+    """The functions trace as the ops do."""
+    kernel = catalog().kernels[name]
+    inputs = kernel.inputs(case_of(kernel), "float32", DEVICE)
+    expected = kernel.reference(**widened(inputs))
+    before, function = ops.CALLS[name], standalone.function(name)
+    torch.compiler.reset()
+    returned = torch.compile(function, fullgraph=True, backend="aot_eager")(*inputs.values())
+    for got, want in zip(results_of(kernel, inputs, returned), expected, strict=True):
+        assert_close(got, want, name, absolute(name, inputs, torch.float32))
+    assert ops.CALLS[name] == before + 1
+
+
+def test_kernels_of_any_signature() -> None:
+    """Others may declare parameters that the schema calls otherwise, or as many as there are."""
+
+    def op(*args: Any, **named: Any) -> Any:
+        return catalog().kernels["rms_norm"].op(*args, **named)
+
+    x, weight = torch.randn(3, 8, device=DEVICE), torch.rand(8, device=DEVICE)
+    function = standalone._of_kernel(Kernel(**{**vars(catalog().kernels["rms_norm"]), "op": op, "settle": None}))
+    for _ in range(2):
+        torch.testing.assert_close(function(x, weight, epsilon=1e-6), normalised(x, weight, 1e-6))
+
+
+def test_a_name_is_looked_up_once() -> None:
+    """To find out whether a module is meant takes longer than most calls."""
+    for name in ("mm", "rms_norm"):
+        assert getattr(vllm_gems, name) is getattr(vllm_gems, name) is vars(vllm_gems)[name]
+    assert "device" not in vars(vllm_gems)  # which may become another one

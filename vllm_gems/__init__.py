@@ -33,7 +33,11 @@ def __getattr__(name: str) -> Any:
     if name.startswith("_") or importlib.util.find_spec(f"{__name__}.{name}") is not None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     standalone = importlib.import_module(f"{__name__}.standalone")  # every op is a function of the package
-    return standalone.device() if name == "device" else standalone.function(name)
+    if name == "device":
+        return standalone.device()
+    # From now on it is found without coming here, which costs more than most calls of it.
+    function = globals()[name] = standalone.function(name)
+    return function
 
 
 def __dir__() -> list[str]:

@@ -9,7 +9,11 @@ from __future__ import annotations
 import enum
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+# What does a call of an op, given all of its arguments in a tuple.
+Settled = Callable[[tuple[Any, ...]], T]
 
 
 class State(str, enum.Enum):
@@ -67,6 +71,9 @@ class Kernel:
     # Bytes that must cross the memory bus for these inputs, each input read once and each output written once.
     traffic: Callable[..., int] | None = None
     dtypes: tuple[str, ...] = ("float32", "float16", "bfloat16")
+    # The parameters of `op`, all by position -> what does its calls from then on whose arguments look alike: tensors
+    # have the same dtypes, devices, shapes and strides, and all else the same values. Raises as `op`.
+    settle: Callable[..., Settled[Any]] | None = None
     distribution: str = "vllm-gems"
 
 

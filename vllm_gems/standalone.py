@@ -8,6 +8,7 @@ not do, PyTorch's own operation does, counted in `ops.FALLBACKS`. Importing this
 from __future__ import annotations
 
 import functools
+import inspect
 import logging
 import threading
 from collections.abc import Callable
@@ -17,8 +18,20 @@ import torch
 from torch.autograd import forward_ad
 
 from . import ops
-from .aten.overloads import Attempts, Overload, is_replaceable, name_of, signature_of
+from .aten.overloads import (
+    MISSED,
+    TENSORS,
+    Attempts,
+    Overload,
+    Plan,
+    Signature,
+    arguments_of,
+    is_replaceable,
+    name_of,
+    signature_of,
+)
 from .catalog import catalog
+from .nouns import Kernel
 from .patches import aten
 
 logger = logging.getLogger("vllm_gems")
@@ -84,47 +97,99 @@ def names() -> tuple[str, ...]:
     return (*TABLE, *catalog().kernels)
 
 
+@functools.cache
 def function(name: str) -> Callable[..., Any]:
     """The op called `name`, as a function; raises AttributeError if there is none."""
     if name in TABLE:
-        return _function(name)
+        return _of_table(name)
     kernel = catalog().kernels.get(name)
     if kernel is None:
         raise AttributeError(f"module 'vllm_gems' has no attribute {name!r}")
     ops.define([kernel])
-    return functools.wraps(kernel.op)(_shortcut(getattr(torch.ops.vllm_gems, name).default, kernel.op))
+    return functools.wraps(kernel.op)(_of_kernel(kernel))
 
 
-@functools.cache
-def _function(name: str) -> Callable[..., Any]:
+def _of_table(name: str) -> Callable[..., Any]:
+    """An op of the table: what attempts do not do is done by the plan for such arguments, which they have from then on.
+    """
     define(name)
     op: Any = getattr(torch.ops.vllm_gems, name).default
-    call = _written_out(name, op)
+    # Attempts of its own: what is plain is known before one is remembered, and a guard sees when that changes.
+    attempts = Attempts(_overload_of(name).kinds)
+    direct = _shortcut(op, _direct(name, attempts), _pytorchs(name))
+    rest = {f"rest_{index}": value for index, value in enumerate(TABLE[name].rest)}
+    # What an attempt raises is tried once more, and then left to PyTorch.
+    call = _written_out(name, signature_of(arguments_of(op._schema)), attempts, op, direct, Exception, ops.CALLS, rest)
     call.__module__, call.__qualname__ = __name__, name
     call.__doc__ = f"torch.ops.aten.{TABLE[name].overload} by our kernel: {op._schema}"
     return call
 
 
-def _written_out(name: str, op: Any) -> Callable[..., Any]:
-    """The function of an op of the table, with the schema's arguments: an attempt that does calls which look like this
-    one, else the dispatcher where that would do something, else the plan for these arguments, which is remembered."""
-    signature, planned = signature_of(op._schema), _overload_of(name)
-    rest = {f"rest_{index}": value for index, value in enumerate(TABLE[name].rest)}
-    # Attempts of its own: what is plain is known before one is remembered, and a guard sees when that changes.
-    attempts = Attempts(planned.kinds)
+def _of_kernel(kernel: Kernel) -> Callable[..., Any]:
+    """A kernel: what it settles for arguments is remembered for those that look like them."""
+    op: Any = getattr(torch.ops.vllm_gems, kernel.name).default
+    schema = {each.name: str(each.type) for each in op._schema.arguments}
+    count, parameters = len(schema), list(inspect.signature(kernel.op).parameters.values())
+    more = parameters[count:]  # tensors to write, which the schema does not have
+    if [each.name for each in parameters[:count]] != list(schema) or any(each.kind in _VARIABLE for each in parameters):
+        return _shortcut(op, kernel.op)
+    names = [each.name for each in more]
+    signature = signature_of([(each.name, each.kind is each.KEYWORD_ONLY, each.default) for each in parameters], names)
+
+    def through(*args: Any, **kwargs: Any) -> Any:
+        return op(*args, **{name: value for name, value in kwargs.items() if name not in names or value is not None})
+
+    def anew(*args: Any) -> Plan:
+        """Whatever numbers there are: the kernel asks at every call."""
+        return lambda args: kernel.op(*args[:count], **dict(zip(names, args[count:], strict=True)))
+
+    otherwise = "number" if kernel.settle is None else "value"
+    kinds = [kind if kind in TENSORS else otherwise for kind in schema.values()]
+    attempts = Attempts([*kinds, *["Optional[Tensor]"] * len(more)])
+    settle = kernel.settle or anew
+
+    def direct(*args: Any, **kwargs: Any) -> Any:
+        args = (*args, *kwargs.values())
+        plan = settle(*args)
+        result = plan(args)
+        attempts.add(args, plan)
+        return result
+
+    # What an attempt raises the kernel would raise, too, after it may have written.
+    return _written_out(kernel.name, signature, attempts, through, _shortcut(through, direct), (), None, {})
+
+
+_VARIABLE = inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD
+
+
+def _written_out(
+    name: str,
+    signature: Signature,
+    attempts: Attempts,
+    op: Callable[..., Any],
+    direct: Callable[..., Any],
+    retried: Any,
+    calls: dict[str, int] | None,
+    rest: dict[str, Any],
+) -> Callable[..., Any]:
+    """A function that leaves the dispatcher out: an attempt that does calls which look like this one, else `direct`.
+
+    op: does it where there is more than plain tensors. retried: exceptions of an attempt that are forgotten. rest: what
+    attempts take after the function's arguments.
+    """
     text = f"""
 def {name}({signature.heads}):
     if is_traced() or modes():  # Dynamo does not look further than the first
         return op({signature.given})
     if forward_ad._current_level < 0:
         try:
-            for attempt in attempts({signature.names[attempts.first]}.shape, ()):
+            for attempt in attempts({attempts.first(signature.names)}.shape, ()):
                 result = attempt({", ".join([*signature.names, *rest])})
-                if result is not None:
-                    calls[{name!r}] += 1
+                if result is not missed:
+                    {"pass" if calls is None else f"calls[{name!r}] += 1"}
                     return result
-        except Exception:
-            pass  # it is tried once more, and then left to PyTorch
+        except retried:
+            pass
     return direct({signature.given})
 """
     found: dict[str, Any] = {
@@ -134,9 +199,11 @@ def {name}({signature.heads}):
         "modes": torch._C._len_torch_dispatch_stack,  # guards do not see that of fake tensors
         "op": op,
         "attempts": attempts.find,
+        "missed": MISSED,
         "forward_ad": forward_ad,  # guards do not see tangents either
-        "direct": _shortcut(op, _direct(name, attempts), _pytorchs(name)),
-        "calls": ops.CALLS,
+        "direct": direct,
+        "retried": retried,
+        "calls": calls,
     }
     exec(text, found)
     function: Callable[..., Any] = found[name]

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, NoReturn, Protocol
 
 import torch
@@ -18,7 +19,8 @@ Plan = Callable[[tuple[Any, ...]], Any]
 PLANS = 1024  # kept for an overload; when there are more, all are made anew
 
 _NUMBERS = ("number", "Optional[number]", "float", "Optional[float]")
-_TENSORS = ("Tensor", "Optional[Tensor]")
+TENSORS = ("Tensor", "Optional[Tensor]")
+_LISTS = ("List[Tensor]", "List[Optional[Tensor]]")
 
 
 class Row(Protocol):
@@ -45,7 +47,7 @@ def scalar_of(value: Any, device: int, kind: str) -> bool:
     """Whether a value is a number to the kernel: one of Python's, or a tensor of one that is not on the device."""
     if isinstance(value, torch.Tensor):
         return value.dim() == 0 and value.get_device() == CPU != device
-    return value is not None and (kind in _NUMBERS or kind in _TENSORS)
+    return value is not None and (kind in _NUMBERS or kind in TENSORS)
 
 
 def overloads_of(op: str) -> Iterator[Any]:
@@ -106,7 +108,7 @@ class Overload:
         self.count = len(inputs)
         self.names = [each.name for each in inputs]
         self.kinds = [str(each.type) for each in inputs]
-        self.tensors = [kind in _TENSORS for kind in self.kinds]
+        self.tensors = [kind in TENSORS for kind in self.kinds]
         self.returned = [str(each.type) for each in schema.returns]
         # Where what is written comes from: arguments, or nowhere.
         written = [index for index, each in enumerate((*inputs, *outs)) if each.alias_info and each.alias_info.is_write]
@@ -161,8 +163,7 @@ class Overload:
         """Where all tensors are, but those of one number on the host."""
         found = {each.get_device() for each in args if isinstance(each, torch.Tensor)}
         for each in args:
-            lists = each if isinstance(each, (list, tuple)) else ()
-            found |= {item.get_device() for item in lists if isinstance(item, torch.Tensor)}
+            found |= {item.get_device() for item in _items(each) if isinstance(item, torch.Tensor)}
         if len(found) > 1 and all(
             each.dim() == 0 for each in args if isinstance(each, torch.Tensor) and each.get_device() == CPU
         ):
@@ -231,10 +232,12 @@ class Overload:
         return given
 
 
-# Arguments in the schema's order -> the result, or None where they do not look like those that it was made for.
+# Arguments in the schema's order -> the result, or MISSED where they do not look like those that it was made for.
 Attempt = Callable[..., Any]
+MISSED: Any = object()
 
 _ATTEMPTS = 4  # kept for a shape of the first tensor
+_LONGEST = 32  # lists of tensors that are looked at
 _EAGER, _RARELY = 256, 16
 
 # Dynamo's guard on tensors, one C++ call for all of them: types, dtypes, devices, shapes, strides, whether they require
@@ -245,6 +248,8 @@ _GUARDS: Any = getattr(torch._C._dynamo.guards, "TensorGuards", None)
 class Attempts:
     """Plans of an overload by the looks that were seen last, in a third of the time that a key takes.
 
+    kinds: of its arguments, as a schema has them. Numbers are of their type and other values what they were; a kind
+    that no schema has is that of such a value.
     find(shape, ()) -> the attempts for calls whose first tensor has this shape, to be made one after the other.
     """
 
@@ -253,21 +258,28 @@ class Attempts:
         self._found: dict[torch.Size, tuple[Attempt, ...]] = {}
         self._added = 0
         self.find = self._found.get
-        self.first = next((index for index, kind in enumerate(kinds) if kind == "Tensor"), -1)
+        self._first = next((index for index, kind in enumerate(kinds) if kind in ("Tensor", "List[Tensor]")), -1)
+
+    def first(self, names: Sequence[str]) -> str:
+        """The first tensor, as Python with the arguments' names; "" if there is none, and no attempt."""
+        if self._first < 0:
+            return ""
+        return names[self._first] + ("" if self._kinds[self._first] == "Tensor" else "[0]")
 
     def add(self, args: tuple[Any, ...], plan: Plan) -> None:
         """A call that `plan` has done, and that no attempt did."""
         self._added += 1
         # Looks that change all the time are not worth a guard each.
-        if _GUARDS is None or self.first < 0 or (self._added > _EAGER and self._added % _RARELY):
+        if _GUARDS is None or self._first < 0 or (self._added > _EAGER and self._added % _RARELY):
             return
         try:
             attempt = _attempt(self._kinds, args, plan)
+            first = args[self._first]
+            shape = (first if isinstance(first, torch.Tensor) else first[0]).shape
         except Exception:  # the call is done, whatever a guard says to its arguments
             return
         if attempt is None:
             return
-        shape = args[self.first].shape
         if len(self._found) >= PLANS:
             self._found.clear()
         self._found[shape] = (attempt, *self._found.get(shape, ())[: _ATTEMPTS - 1])
@@ -275,60 +287,76 @@ class Attempts:
 
 def _attempt(kinds: Sequence[str], args: tuple[Any, ...], plan: Plan) -> Attempt | None:
     """For calls like this one; None where a guard cannot tell."""
-    tests: list[str] = []
+    tests: list[tuple[str, str]] = []
     settled: list[Any] = []
-    tensors: list[torch.Tensor] = []
+    tensors: dict[str, torch.Tensor] = {}
+
+    def look(name: str, value: torch.Tensor) -> None:
+        before = next((before for before, each in tensors.items() if each is value), None)
+        if before is not None:  # a guard is of tensors that are several
+            tests.append((name, before))
+        else:
+            tests.append((name, "tensor"))
+            tensors[name] = value
+
     for index, (kind, value) in enumerate(zip(kinds, args, strict=True)):
-        is_tensor = isinstance(value, torch.Tensor)
-        if is_tensor and kind in _TENSORS:
-            settled.append(None)
-            before = next(before for before, each in enumerate(args) if each is value)
-            if before < index:  # a guard is of tensors that are several
-                tests.append(f"a{before}")
-                continue
-            tests.append("tensor")
-            tensors.append(value)
-        elif kind in _TENSORS or kind in _NUMBERS:
-            tests.append("type")
-            settled.append(type(value))
-        elif is_tensor or (isinstance(value, (list, tuple)) and any(isinstance(each, torch.Tensor) for each in value)):
+        name = f"a{index}"
+        settled.append(None)
+        if kind in TENSORS and isinstance(value, torch.Tensor):
+            look(name, value)
+        elif kind in TENSORS or kind in _NUMBERS:
+            tests.append((name, "type"))
+            settled[-1] = type(value)
+        elif kind in _LISTS and 0 < len(value) <= _LONGEST:
+            tests.append((name, f"{len(value)} long"))
+            for at, each in enumerate(value):
+                if each is None:
+                    tests.append((f"{name}[{at}]", "None"))
+                else:
+                    look(f"{name}[{at}]", each)
+        elif kind in _LISTS or any(isinstance(each, torch.Tensor) for each in (value, *_items(value))):
             return None
         else:
-            tests.append("value")
-            settled.append(list(value) if isinstance(value, list) else value)
-    if tests[next(index for index, kind in enumerate(kinds) if kind == "Tensor")] != "tensor":
-        return None
+            tests.append((name, "value"))
+            settled[-1] = list(value) if isinstance(value, list) else value
     guard = _GUARDS(
-        *tensors,
-        dynamic_dims_sizes=[list(each.shape) for each in tensors],
-        dynamic_dims_strides=[list(each.stride()) for each in tensors],
+        *tensors.values(),
+        dynamic_dims_sizes=[list(each.shape) for each in tensors.values()],
+        dynamic_dims_strides=[list(each.stride()) for each in tensors.values()],
     )
-    attempt: Attempt = _attempts_of(tuple(tests), any(each.requires_grad for each in tensors))(
-        guard.check, plan, torch.is_grad_enabled, *settled
+    attempt: Attempt = _attempts_of(len(args), tuple(tests), any(each.requires_grad for each in tensors.values()))(
+        MISSED, guard.check, plan, torch.is_grad_enabled, *settled
     )
     return attempt
 
 
+def _items(value: Any) -> Sequence[Any]:
+    return value if isinstance(value, (list, tuple)) else ()
+
+
 @functools.cache
-def _attempts_of(tests: tuple[str, ...], without_gradient: bool) -> Callable[..., Attempt]:
-    """(guard, plan, whether gradients are wanted, the types and values of arguments) -> an attempt, written out."""
-    names = [f"a{index}" for index in range(len(tests))]
-    guarded = [name for name, test in zip(names, tests, strict=True) if test == "tensor"]
+def _attempts_of(count: int, tests: tuple[tuple[str, str], ...], without_gradient: bool) -> Callable[..., Attempt]:
+    """(MISSED, guard, plan, whether gradients are wanted, the types and values of arguments) -> an attempt, written
+    out. tests: what is asked of which arguments, or of things in them."""
+    names = [f"a{index}" for index in range(count)]
+    guarded = [name for name, test in tests if test == "tensor"]
     conditions = ["not grad_enabled()"] if without_gradient else []
-    for name, test in zip(names, tests, strict=True):
+    for name, test in tests:
         if test == "type":
             conditions.append(f"{name}.__class__ is settled_{name}")
         elif test == "value":
             conditions.append(f"{name} == settled_{name}")
+        elif test.endswith(" long"):
+            conditions.append(f"len({name}) == {test.removesuffix(' long')}")
         elif test != "tensor":
             conditions.append(f"{name} is {test}")
     conditions.append(f"guard({', '.join(guarded)})")
     text = f"""
-def make(guard, plan, grad_enabled, {", ".join(f"settled_{name}" for name in names)}):
+def make(missed, guard, plan, grad_enabled, {", ".join(f"settled_{name}" for name in names)}):
     def attempt({", ".join(names)}):
         if {" and ".join(conditions)}:
             return plan(({", ".join(names)},))
-        return None
+        return missed
     return attempt
 """
     found: dict[str, Any] = {}
@@ -346,18 +374,36 @@ class Signature(NamedTuple):
     defaults: dict[str, Any]  # by those names
 
 
-def signature_of(schema: Any) -> Signature:
-    """What is written out has no loop over arguments, which would take a third of what PyTorch's whole call takes."""
+def signature_of(arguments: Iterable[tuple[str, bool, Any]], by_name: Collection[str] = ()) -> Signature:
+    """Of arguments (name, whether it is given by name alone, default or NONE).
+
+    by_name: those after which all are passed on by name. What is written out has no loop over arguments, which would
+    take a third of what PyTorch's whole call takes.
+    """
     heads: list[str] = []
+    given: list[str] = []
+    names: list[str] = []
     defaults: dict[str, Any] = {}
-    for each in schema.arguments:
-        if each.kwarg_only and "*" not in heads:
+    for name, keyword, default in arguments:
+        if keyword and "*" not in heads:
             heads.append("*")
-        if each.has_default_value():
-            defaults[f"default_{each.name}"] = each.default_value
-        heads.append(f"{each.name}=default_{each.name}" if each.has_default_value() else each.name)
-    given = [f"{each.name}={each.name}" if each.kwarg_only else each.name for each in schema.arguments]
-    return Signature(", ".join(heads), ", ".join(given), [each.name for each in schema.arguments], defaults)
+        if default is not NONE:
+            defaults[f"default_{name}"] = default
+        heads.append(name if default is NONE else f"{name}=default_{name}")
+        given.append(f"{name}={name}" if keyword or name in by_name else name)
+        names.append(name)
+    return Signature(", ".join(heads), ", ".join(given), names, defaults)
+
+
+def arguments_of(schema: Any) -> list[tuple[str, bool, Any]]:
+    """What `signature_of` takes."""
+    return [
+        (each.name, each.kwarg_only, each.default_value if each.has_default_value() else NONE)
+        for each in schema.arguments
+    ]
+
+
+NONE: Any = inspect.Parameter.empty
 
 
 def _key_text(names: Sequence[str], kinds: Sequence[str]) -> str:
@@ -365,7 +411,7 @@ def _key_text(names: Sequence[str], kinds: Sequence[str]) -> str:
     parts = []
     for name, kind in zip(names, kinds, strict=True):
         otherwise = f"type({name})"
-        if kind not in _TENSORS and kind not in _NUMBERS:
+        if kind not in TENSORS and kind not in _NUMBERS:
             otherwise = f"tuple(map(look, {name})) if isinstance({name}, (list, tuple)) else {name}"
         look = f"({name}.dtype, {name}.shape, {name}.stride(), {name}.get_device())"
         parts.append(f"{look} if isinstance({name}, Tensor) else {otherwise}")

@@ -21,7 +21,7 @@ from triton.language.extra import libdevice
 
 from ..errors import Refused
 from ..launch import Build, Launch, allocator, launcher, pointer
-from ..nouns import Case, Kernel
+from ..nouns import Case, Kernel, Settled
 from .common import TOKENS, nbytes, power_of_two, randn, rows_of, strided
 
 
@@ -308,15 +308,29 @@ def activation_refuses(name: str, x: torch.Tensor, out: torch.Tensor | None = No
     return None
 
 
-def _op(row: _Formula) -> Callable[..., torch.Tensor]:
-    def op(x: torch.Tensor, *params: float, out: torch.Tensor | None = None, **named: float) -> torch.Tensor:
+def _settle(row: _Formula) -> Callable[..., Settled[torch.Tensor]]:
+    """(x, all parameters, out) -> the activation for arguments that look like these; raises Refused."""
+
+    def settle(x: torch.Tensor, *more: Any) -> Settled[torch.Tensor]:
+        *params, out = more
         if reason := activation_refuses(row.name, x, out):
             raise Refused(reason)
+        call = bind_activation(row.name, x.dtype, x.shape[-1] if row.order else 0, tuple(params), x.get_device())
+        return lambda args: call(args[0], args[-1])
+
+    return settle
+
+
+def _op(row: _Formula) -> Callable[..., torch.Tensor]:
+    settle = _settle(row)
+
+    def op(x: torch.Tensor, *params: float, out: torch.Tensor | None = None, **named: float) -> torch.Tensor:
         given = (*params, *(named.pop(name, default) for name, default in row.params[len(params) :]))
         if len(given) != len(row.params) or None in given or named:
             wants = ", ".join(name for name, _ in row.params) or "no parameters"
             raise TypeError(f"{row.name}() takes {wants} after x, not {(*params, *named)}")
-        return bind_activation(row.name, x.dtype, x.shape[-1] if row.order else 0, given, x.get_device())(x, out)
+        args = x, *given, out
+        return settle(*args)(args)
 
     halves = {
         "first": "gate and up are the first and second half of x's last dimension",
@@ -418,6 +432,7 @@ def _kernel(row: _Formula) -> Kernel:
     return Kernel(
         name=row.name,
         op=_op(row),
+        settle=_settle(row),
         reference=_reference(row),
         refuses=refuses,
         inputs=inputs,

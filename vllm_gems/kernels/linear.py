@@ -17,7 +17,7 @@ import triton.language as tl
 from .. import tuned
 from ..errors import Refused
 from ..launch import Build, Launch, allocator, launcher, pointer
-from ..nouns import Case, Kernel
+from ..nouns import Case, Kernel, Settled
 from ..scratch import counters
 from .common import dtype_of, name_of, nbytes, power_of_two, randn, strided
 
@@ -356,21 +356,33 @@ def silu_gated_linear_refuses(
     return _refuses(x, weight, bias, out, True)
 
 
-def _run(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor | None, gated: bool
-) -> torch.Tensor:
-    if reason := _refuses(x, weight, bias, out, gated):
-        raise Refused(reason)
-    rows, (out_features, in_features) = x.shape[0], weight.shape
-    shape = Shape(in_features, out_features // 2 if gated else out_features, bias is not None, gated)
-    project = bind_linear(shape, x.dtype, x.get_device())
-    if out is None:
-        out = torch.empty((rows, shape.out_features), dtype=x.dtype, device=x.device)
-    if rows:
-        stride = x.stride(0) if rows > 1 else in_features
-        bias_at = 0 if bias is None else bias.data_ptr()
-        project(x.data_ptr(), stride, weight.data_ptr(), bias_at, out.data_ptr(), rows)
-    return out
+def _settle(gated: bool) -> Callable[..., Settled[torch.Tensor]]:
+    """(x, weight, bias, out) -> the product for arguments that look like these; raises Refused."""
+
+    def settle(
+        x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, out: torch.Tensor | None = None
+    ) -> Settled[torch.Tensor]:
+        if reason := _refuses(x, weight, bias, out, gated):
+            raise Refused(reason)
+        rows, (out_features, in_features) = x.shape[0], weight.shape
+        shape = Shape(in_features, out_features // 2 if gated else out_features, bias is not None, gated)
+        project, empty = bind_linear(shape, x.dtype, x.get_device()), allocator(x.get_device(), x.dtype)
+        features, stride = shape.out_features, x.stride(0) if rows > 1 else in_features
+
+        def run(args: tuple[Any, ...]) -> torch.Tensor:
+            x, weight, bias, out = args
+            result: torch.Tensor = empty(rows, features) if out is None else out
+            if rows:
+                bias_at = 0 if bias is None else bias.data_ptr()
+                project(x.data_ptr(), stride, weight.data_ptr(), bias_at, result.data_ptr(), rows)
+            return result
+
+        return run
+
+    return settle
+
+
+settle_linear, settle_silu_gated_linear = _settle(False), _settle(True)
 
 
 def linear(
@@ -384,7 +396,8 @@ def linear(
 
     Stands beside `torch.nn.functional.linear`. Raises Refused for what it does not do.
     """
-    return _run(x, weight, bias, out, False)
+    args = x, weight, bias, out
+    return settle_linear(*args)(args)
 
 
 def silu_gated_linear(
@@ -397,7 +410,8 @@ def silu_gated_linear(
 
     Stands in for vLLM's `gate_up_proj` and `SiluAndMul` after it. Raises Refused for what it does not do.
     """
-    return _run(x, weight, bias, out, True)
+    args = x, weight, bias, out
+    return settle_silu_gated_linear(*args)(args)
 
 
 def linear_reference(
@@ -495,6 +509,7 @@ def _gated_fake(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
 LINEAR = Kernel(
     name="linear",
     op=linear,
+    settle=settle_linear,
     reference=linear_reference,
     refuses=linear_refuses,
     inputs=_inputs(False),
@@ -509,6 +524,7 @@ LINEAR = Kernel(
 SILU_GATED_LINEAR = Kernel(
     name="silu_gated_linear",
     op=silu_gated_linear,
+    settle=settle_silu_gated_linear,
     reference=silu_gated_linear_reference,
     refuses=silu_gated_linear_refuses,
     inputs=_inputs(True),

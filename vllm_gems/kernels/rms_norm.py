@@ -15,7 +15,7 @@ import triton.language as tl
 
 from ..errors import Refused
 from ..launch import Build, Launch, allocator, launcher, pointer
-from ..nouns import Case, Kernel
+from ..nouns import Case, Kernel, Settled
 from .common import TOKENS, nbytes, power_of_two, randn, rows_of, strided
 
 # One program keeps a whole row in registers; beyond this they spill.
@@ -388,6 +388,58 @@ def _accept(reason: str | None) -> None:
         raise Refused(reason)
 
 
+def settle_rms_norm(
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    epsilon: float,
+    variance_size: int | None = None,
+    out: torch.Tensor | None = None,
+) -> Settled[torch.Tensor]:
+    """`rms_norm` for arguments that look like these; raises Refused."""
+    _accept(rms_norm_refuses(x, weight, epsilon, variance_size, out))
+    dtype = None if weight is None else weight.dtype
+    call = bind_rms_norm(x.dtype, dtype, x.shape[-1], epsilon, variance_size, False, x.get_device())
+    return lambda args: call(args[0], args[1], args[4])
+
+
+def settle_fused_add_rms_norm(
+    x: torch.Tensor,
+    residual: torch.Tensor,
+    weight: torch.Tensor | None,
+    epsilon: float,
+    variance_size: int | None = None,
+) -> Settled[None]:
+    """`fused_add_rms_norm` for arguments that look like these; raises Refused."""
+    _accept(fused_add_rms_norm_refuses(x, residual, weight, epsilon, variance_size))
+    dtype = None if weight is None else weight.dtype
+    call = bind_fused_add_rms_norm(
+        x.dtype, dtype, x.shape[-1], epsilon, variance_size, False, True, x.get_device()
+    )
+
+    def run(args: tuple[Any, ...]) -> None:
+        call(args[0], args[1], args[2])
+
+    return run
+
+
+def settle_gemma_rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> Settled[torch.Tensor]:
+    """`gemma_rms_norm` for arguments that look like these; raises Refused."""
+    _accept(rms_norm_refuses(x, weight, epsilon))
+    call = bind_rms_norm(x.dtype, weight.dtype, x.shape[-1], epsilon, None, True, x.get_device())
+    return lambda args: call(args[0], args[1])
+
+
+def settle_gemma_fused_add_rms_norm(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, epsilon: float
+) -> Settled[tuple[torch.Tensor, torch.Tensor]]:
+    """`gemma_fused_add_rms_norm` for arguments that look like these; raises Refused."""
+    _accept(fused_add_rms_norm_refuses(x, residual, weight, epsilon))
+    call = bind_fused_add_rms_norm(
+        x.dtype, weight.dtype, x.shape[-1], epsilon, None, True, False, x.get_device()
+    )
+    return lambda args: call(args[0], args[1], args[2])
+
+
 def rms_norm(
     x: torch.Tensor,
     weight: torch.Tensor | None,
@@ -404,10 +456,8 @@ def rms_norm(
 
     Stands in for `torch.ops._C.rms_norm` and `vllm.ir.ops.rms_norm`. Raises Refused for what it does not do.
     """
-    _accept(rms_norm_refuses(x, weight, epsilon, variance_size, out))
-    dtype = None if weight is None else weight.dtype
-    call = bind_rms_norm(x.dtype, dtype, x.shape[-1], epsilon, variance_size, False, x.get_device())
-    return call(x, weight, out)
+    args = x, weight, epsilon, variance_size, out
+    return settle_rms_norm(*args)(args)
 
 
 def fused_add_rms_norm(
@@ -423,11 +473,8 @@ def fused_add_rms_norm(
 
     Stands in for `torch.ops._C.fused_add_rms_norm`. Raises Refused for what it does not do.
     """
-    _accept(fused_add_rms_norm_refuses(x, residual, weight, epsilon, variance_size))
-    dtype = None if weight is None else weight.dtype
-    bind_fused_add_rms_norm(
-        x.dtype, dtype, x.shape[-1], epsilon, variance_size, False, True, x.get_device()
-    )(x, residual, weight)
+    args = x, residual, weight, epsilon, variance_size
+    settle_fused_add_rms_norm(*args)(args)
 
 
 def gemma_rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
@@ -437,8 +484,8 @@ def gemma_rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> tor
 
     Stands in for vLLM's `GemmaRMSNorm`. Raises Refused for what it does not do.
     """
-    _accept(rms_norm_refuses(x, weight, epsilon))
-    return bind_rms_norm(x.dtype, weight.dtype, x.shape[-1], epsilon, None, True, x.get_device())(x, weight)
+    args = x, weight, epsilon
+    return settle_gemma_rms_norm(*args)(args)
 
 
 def gemma_fused_add_rms_norm(
@@ -448,10 +495,8 @@ def gemma_fused_add_rms_norm(
 
     Not in place, because vLLM's `GemmaRMSNorm` is not. Raises Refused for what it does not do.
     """
-    _accept(fused_add_rms_norm_refuses(x, residual, weight, epsilon))
-    return bind_fused_add_rms_norm(
-        x.dtype, weight.dtype, x.shape[-1], epsilon, None, True, False, x.get_device()
-    )(x, residual, weight)
+    args = x, residual, weight, epsilon
+    return settle_gemma_fused_add_rms_norm(*args)(args)
 
 
 def _normalised(x: torch.Tensor, epsilon: float, variance_size: int | None) -> torch.Tensor:
@@ -593,6 +638,7 @@ _GEMMA_CASES = tuple(
 RMS_NORM = Kernel(
     name="rms_norm",
     op=rms_norm,
+    settle=settle_rms_norm,
     reference=rms_norm_reference,
     refuses=rms_norm_refuses,
     inputs=_rms_norm_inputs,
@@ -609,6 +655,7 @@ RMS_NORM = Kernel(
 FUSED_ADD_RMS_NORM = Kernel(
     name="fused_add_rms_norm",
     op=fused_add_rms_norm,
+    settle=settle_fused_add_rms_norm,
     reference=fused_add_rms_norm_reference,
     refuses=fused_add_rms_norm_refuses,
     inputs=_fused_inputs,
@@ -626,6 +673,7 @@ FUSED_ADD_RMS_NORM = Kernel(
 GEMMA_RMS_NORM = Kernel(
     name="gemma_rms_norm",
     op=gemma_rms_norm,
+    settle=settle_gemma_rms_norm,
     reference=gemma_rms_norm_reference,
     refuses=rms_norm_refuses,
     inputs=lambda case, dtype, device: _gemma(_rms_norm_inputs(case, dtype, device)),
@@ -640,6 +688,7 @@ GEMMA_RMS_NORM = Kernel(
 GEMMA_FUSED_ADD_RMS_NORM = Kernel(
     name="gemma_fused_add_rms_norm",
     op=gemma_fused_add_rms_norm,
+    settle=settle_gemma_fused_add_rms_norm,
     reference=gemma_fused_add_rms_norm_reference,
     refuses=fused_add_rms_norm_refuses,
     inputs=lambda case, dtype, device: _gemma(_fused_inputs(case, dtype, device)),

@@ -13,7 +13,7 @@ import triton.language as tl
 
 from ..errors import Refused
 from ..launch import Build, Launch, launcher, pointer
-from ..nouns import Case, Kernel
+from ..nouns import Case, Kernel, Settled
 from .common import TOKENS, dtype_of, nbytes, power_of_two, randn, strided
 
 
@@ -401,13 +401,14 @@ def rotary_embedding_refuses(
     return None
 
 
-def _run(
+def _settled(
     positions: torch.Tensor,
     query: torch.Tensor,
     key: torch.Tensor | None,
     cos_sin_cache: torch.Tensor,
     rotation: Rotation,
-) -> None:
+) -> Settled[None]:
+    """Of either op, whose fourth argument is no tensor."""
     refusal = rotary_embedding_refuses(
         positions, query, key, rotation.head_size, cos_sin_cache, rotation.is_neox, rotation.rope_dim_offset,
         rotation.inverse, rotation.mrope_section, rotation.mrope_interleaved,
@@ -415,7 +416,38 @@ def _run(
     if refusal is not None:
         raise Refused(refusal)
     call = bind_rotary_embedding(rotation, query.dtype, cos_sin_cache.dtype, query.get_device())
-    call(positions, query, key, cos_sin_cache)
+    return lambda args: call(args[0], args[1], args[2], args[4])
+
+
+def settle_rotary_embedding(
+    positions: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor | None,
+    head_size: int,
+    cos_sin_cache: torch.Tensor,
+    is_neox: bool,
+    rope_dim_offset: int = 0,
+    inverse: bool = False,
+) -> Settled[None]:
+    """`rotary_embedding` for arguments that look like these; raises Refused."""
+    rotation = Rotation(head_size, cos_sin_cache.shape[-1], is_neox, rope_dim_offset, inverse)
+    return _settled(positions, query, key, cos_sin_cache, rotation)
+
+
+def settle_mrotary_embedding(
+    positions: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor | None,
+    head_size: int,
+    cos_sin_cache: torch.Tensor,
+    is_neox: bool,
+    mrope_section: list[int],
+    mrope_interleaved: bool = False,
+) -> Settled[None]:
+    """`mrotary_embedding` for arguments that look like these; raises Refused."""
+    width = cos_sin_cache.shape[-1]
+    rotation = Rotation(head_size, width, is_neox, 0, False, tuple(mrope_section), mrope_interleaved)
+    return _settled(positions, query, key, cos_sin_cache, rotation)
 
 
 def rotary_embedding(
@@ -439,10 +471,8 @@ def rotary_embedding(
     Source: https://arxiv.org/abs/2104.09864. Stands in for `torch.ops._C.rotary_embedding`. Raises Refused for what it
     does not do.
     """
-    _run(
-        positions, query, key, cos_sin_cache,
-        Rotation(head_size, cos_sin_cache.shape[-1], is_neox, rope_dim_offset, inverse),
-    )  # fmt: skip
+    args = positions, query, key, head_size, cos_sin_cache, is_neox, rope_dim_offset, inverse
+    settle_rotary_embedding(*args)(args)
 
 
 def mrotary_embedding(
@@ -462,10 +492,8 @@ def mrotary_embedding(
 
     Stands in for the rotation of vLLM's `MRotaryEmbedding`. Raises Refused for what it does not do.
     """
-    _run(
-        positions, query, key, cos_sin_cache,
-        Rotation(head_size, cos_sin_cache.shape[-1], is_neox, 0, False, tuple(mrope_section), mrope_interleaved),
-    )  # fmt: skip
+    args = positions, query, key, head_size, cos_sin_cache, is_neox, mrope_section, mrope_interleaved
+    settle_mrotary_embedding(*args)(args)
 
 
 def _turned(
@@ -626,6 +654,7 @@ def _stock_call(op: Callable[..., None], **inputs: Any) -> None:
 ROTARY_EMBEDDING = Kernel(
     name="rotary_embedding",
     op=rotary_embedding,
+    settle=settle_rotary_embedding,
     reference=rotary_embedding_reference,
     refuses=rotary_embedding_refuses,
     inputs=_rotary_inputs,
@@ -643,6 +672,7 @@ ROTARY_EMBEDDING = Kernel(
 MROTARY_EMBEDDING = Kernel(
     name="mrotary_embedding",
     op=mrotary_embedding,
+    settle=settle_mrotary_embedding,
     reference=mrotary_embedding_reference,
     refuses=rotary_embedding_refuses,
     inputs=_rotary_inputs,
