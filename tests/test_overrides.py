@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -13,6 +13,7 @@ from aten_calls import DEVICE
 
 import vllm_gems
 from vllm_gems import launch
+from vllm_gems.aten import overloads
 from vllm_gems.catalog import aten_catalog
 from vllm_gems.errors import LateCompileError, UnknownNameError
 from vllm_gems.nouns import State
@@ -301,6 +302,57 @@ def _result(call: object) -> object:
         return call()  # type: ignore[operator]
     except RuntimeError as error:
         return error
+
+
+LISTS: dict[str, Callable[..., torch.Tensor]] = {
+    "another": lambda x, y, i: torch.cat([x, y]),
+    "the same twice": lambda x, y, i: torch.cat([x, y, x]),
+    "beside itself": lambda x, y, i: torch.cat([x, x, y]),
+    "another dimension": lambda x, y, i: torch.cat([x, y], 1),
+    "a tuple": lambda x, y, i: torch.cat((y, x)),
+    "one": lambda x, y, i: torch.cat([x]),
+    "given": lambda x, y, i: torch.cat([x, y], out=torch.empty(8, 4, device=DEVICE)),
+    "other strides": lambda x, y, i: torch.cat([x, y.T]),
+    "picked": lambda x, y, i: x[i],
+    "picked elsewhere": lambda x, y, i: x[:, i],
+    "picked by two": lambda x, y, i: x[i, i - 1],
+    "picked by one twice": lambda x, y, i: x[i, i],
+    "picked by others": lambda x, y, i: y[i.int()],
+}
+
+
+def test_lists_of_tensors_are_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was planned for one is not done to another; and is found without a key when it comes again."""
+
+    def check(*names: str) -> None:
+        for name in names:
+            args = torch.randn(4, 4, device=DEVICE), torch.randn(4, 4, device=DEVICE), torch.arange(3, device=DEVICE)
+            vllm_gems.disable()
+            expected = LISTS[name](*args)
+            vllm_gems.enable("cat,index")
+            assert torch.equal(LISTS[name](*args), expected), name
+
+    def further(*args: object) -> None:
+        raise AssertionError("no attempt did it")
+
+    for _ in range(2):
+        check(*LISTS)
+    for at in range(0, len(LISTS), 4):  # as many of a shape are remembered
+        some = list(LISTS)[at : at + 4]
+        check(*some)
+        with monkeypatch.context() as patched:
+            patched.setattr(overloads.Overload, "__call__", further)
+            check(*some)
+            assert sum(row.errors for row in vllm_gems.report().rows) == 0
+
+
+def test_long_lists_and_those_of_nothing_are_found_by_key() -> None:
+    x = torch.randn(2, 3, device=DEVICE)
+    with vllm_gems.use_gems("cat"):
+        for count in (1, 40, 40):
+            assert torch.equal(torch.cat([x] * count), x.repeat(count, 1))
+        with pytest.raises((RuntimeError, ValueError), match="non-empty"):
+            torch.cat([])
 
 
 def test_plans_are_dropped_when_there_are_too_many(monkeypatch: pytest.MonkeyPatch) -> None:
