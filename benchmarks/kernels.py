@@ -13,7 +13,7 @@ import inspect
 import pathlib
 import statistics
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -22,6 +22,7 @@ import torch
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
+import vllm_gems
 from benchmarks import measure
 from vllm_gems import apply_gems_patches_to_vllm, faster, launch, remove_gems_patches_from_vllm, report
 from vllm_gems.catalog import catalog
@@ -157,7 +158,7 @@ class Path:
     """One way through the host, and what it is compared with."""
 
     op: str
-    path: str  # "layer": vLLM's layer, stock and patched; "launch": the kernel alone
+    path: str  # "layer": vLLM's layer, stock and patched; "function": of the package; "launch": the kernel alone
     hidden_size: int
     calls: dict[str, Callable[[], Any]]  # "ours" and the keys of `against`
     fresh: Callable[[], Any] | None = None  # the results of a layer, from inputs that stay as they are
@@ -240,7 +241,8 @@ def launch_paths() -> list[Path]:
 
 
 def call_paths() -> list[Path]:
-    """What a patch calls once a layer is settled, tensors in and out, and vLLM's bare op with its allocation."""
+    """What a patch calls once a layer is settled, tensors in and out, and functions of the package, which check their
+    arguments; and vLLM's bare op with its allocation."""
     dtype, device = getattr(torch, DTYPE), torch.cuda.current_device()
     x, residual = torch.randn(2, 1, 4096, device="cuda").to(dtype)
     weight = torch.ones_like(x[0])
@@ -262,20 +264,29 @@ def call_paths() -> list[Path]:
     norm_args: dict[str, Any] = {"weight": weight, "epsilon": 1e-6, "variance_size": None}
     rotary_args: dict[str, Any] = {"head_size": 128, "cos_sin_cache": cache, "is_neox": True}
 
-    def path(op: str, hidden_size: int, ours: Callable[[], Any], stock: Callable[[], Any]) -> Path:
-        return Path(op, "call", hidden_size, {"ours": ours, "stock": stock})
+    def paths(op: str, hidden_size: int, call: Any, function: Any, stock: Any) -> Iterator[Path]:
+        for name, ours in (("call", call), ("function", function)):
+            yield Path(op, name, hidden_size, {"ours": ours, "stock": stock})
 
     return [
-        path("rms_norm", 4096, lambda: alone(x, weight), lambda: norm_op(x=x, **norm_args)),
-        path(
-            "fused_add_rms_norm", 4096,
-            lambda: fused(x, residual, weight), lambda: fused_op(x=x, residual=residual, **norm_args),
+        *paths(
+            "rms_norm", 4096, lambda: alone(x, weight), lambda: vllm_gems.rms_norm(x, weight, 1e-6),
+            lambda: norm_op(x=x, **norm_args),
         ),
-        path(
+        *paths(
+            "fused_add_rms_norm", 4096,
+            lambda: fused(x, residual, weight), lambda: vllm_gems.fused_add_rms_norm(x, residual, weight, 1e-6),
+            lambda: fused_op(x=x, residual=residual, **norm_args),
+        ),
+        *paths(
             "rotary_embedding", 4096, lambda: turn(positions, query, key, cache),
+            lambda: vllm_gems.rotary_embedding(positions, query, key, 128, cache, True),
             lambda: rotary_op(positions=positions, query=query, key=key, **rotary_args),
         ),
-        path("silu_and_mul", 14336, lambda: silu(gate_up), lambda: silu_op(x=gate_up)),
+        *paths(
+            "silu_and_mul", 14336, lambda: silu(gate_up), lambda: vllm_gems.silu_and_mul(gate_up),
+            lambda: silu_op(x=gate_up),
+        ),
     ]  # fmt: skip
 
 
