@@ -117,7 +117,7 @@ def _of_table(name: str) -> Callable[..., Any]:
     # Attempts of its own: what is plain is known before one is remembered, and a guard sees when that changes.
     attempts = Attempts(_overload_of(name).kinds)
     direct = _shortcut(op, _direct(name, attempts), _pytorchs(name))
-    rest = {f"rest_{index}": value for index, value in enumerate(TABLE[name].rest)}
+    rest = {f"g_rest_{index}": value for index, value in enumerate(TABLE[name].rest)}
     # What an attempt raises is tried once more, and then left to PyTorch.
     call = _written_out(name, signature_of(arguments_of(op._schema)), attempts, op, direct, Exception, ops.CALLS, rest)
     call.__module__, call.__qualname__ = __name__, name
@@ -130,23 +130,21 @@ def _of_kernel(kernel: Kernel) -> Callable[..., Any]:
     op: Any = getattr(torch.ops.vllm_gems, kernel.name).default
     schema = {each.name: str(each.type) for each in op._schema.arguments}
     count, parameters = len(schema), list(inspect.signature(kernel.op).parameters.values())
-    more = parameters[count:]  # tensors to write, which the schema does not have
-    if [each.name for each in parameters[:count]] != list(schema) or any(each.kind in _VARIABLE for each in parameters):
+    more = [each.name for each in parameters[count:]]  # tensors to write, which the schema does not have
+    # If it settles nothing it asks for everything at each call, whatever numbers there are.
+    kinds = [kind if kind in TENSORS else "value" if kernel.settle else "number" for kind in schema.values()]
+    attempts = Attempts([*kinds, *["Optional[Tensor]"] * len(more)])
+    alike = [each.name for each in parameters[:count]] == list(schema)
+    if not alike or any(each.kind in _ANY for each in parameters) or not attempts.first(list(schema)):
         return _shortcut(op, kernel.op)
-    names = [each.name for each in more]
-    signature = signature_of([(each.name, each.kind is each.KEYWORD_ONLY, each.default) for each in parameters], names)
+
+    def anew(*_: Any) -> Plan:
+        return lambda args: kernel.op(*args[:count], **dict(zip(more, args[count:], strict=True)))
+
+    settle = kernel.settle or anew
 
     def through(*args: Any, **kwargs: Any) -> Any:
-        return op(*args, **{name: value for name, value in kwargs.items() if name not in names or value is not None})
-
-    def anew(*args: Any) -> Plan:
-        """Whatever numbers there are: the kernel asks at every call."""
-        return lambda args: kernel.op(*args[:count], **dict(zip(names, args[count:], strict=True)))
-
-    otherwise = "number" if kernel.settle is None else "value"
-    kinds = [kind if kind in TENSORS else otherwise for kind in schema.values()]
-    attempts = Attempts([*kinds, *["Optional[Tensor]"] * len(more)])
-    settle = kernel.settle or anew
+        return op(*args, **{name: value for name, value in kwargs.items() if name not in more or value is not None})
 
     def direct(*args: Any, **kwargs: Any) -> Any:
         args = (*args, *kwargs.values())
@@ -155,11 +153,12 @@ def _of_kernel(kernel: Kernel) -> Callable[..., Any]:
         attempts.add(args, plan)
         return result
 
-    # What an attempt raises the kernel would raise, too, after it may have written.
+    signature = signature_of([(each.name, each.kind is each.KEYWORD_ONLY, each.default) for each in parameters], more)
+    # What an attempt raises is not tried once more: it may have written.
     return _written_out(kernel.name, signature, attempts, through, _shortcut(through, direct), (), None, {})
 
 
-_VARIABLE = inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD
+_ANY = inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD
 
 
 def _written_out(
@@ -179,31 +178,31 @@ def _written_out(
     """
     text = f"""
 def {name}({signature.heads}):
-    if is_traced() or modes():  # Dynamo does not look further than the first
-        return op({signature.given})
-    if forward_ad._current_level < 0:
+    if g_is_traced() or g_modes():  # Dynamo does not look further than the first
+        return g_op({signature.given})
+    if g_forward_ad._current_level < 0:
         try:
-            for attempt in attempts({attempts.first(signature.names)}.shape, ()):
-                result = attempt({", ".join([*signature.names, *rest])})
-                if result is not missed:
-                    {"pass" if calls is None else f"calls[{name!r}] += 1"}
-                    return result
-        except retried:
+            for g_attempt in g_attempts({attempts.first(signature.names)}.shape, ()):
+                g_result = g_attempt({", ".join([*signature.names, *rest])})
+                if g_result is not g_missed:
+                    {"pass" if calls is None else f"g_calls[{name!r}] += 1"}
+                    return g_result
+        except g_retried:
             pass
-    return direct({signature.given})
+    return g_direct({signature.given})
 """
     found: dict[str, Any] = {
         **signature.defaults,
         **rest,
-        "is_traced": torch.compiler.is_dynamo_compiling,
-        "modes": torch._C._len_torch_dispatch_stack,  # guards do not see that of fake tensors
-        "op": op,
-        "attempts": attempts.find,
-        "missed": MISSED,
-        "forward_ad": forward_ad,  # guards do not see tangents either
-        "direct": direct,
-        "retried": retried,
-        "calls": calls,
+        "g_is_traced": torch.compiler.is_dynamo_compiling,
+        "g_modes": torch._C._len_torch_dispatch_stack,  # guards do not see that of fake tensors
+        "g_op": op,
+        "g_attempts": attempts.find,
+        "g_missed": MISSED,
+        "g_forward_ad": forward_ad,  # guards do not see tangents either
+        "g_direct": direct,
+        "g_retried": retried,
+        "g_calls": calls,
     }
     exec(text, found)
     function: Callable[..., Any] = found[name]

@@ -261,7 +261,7 @@ class Attempts:
         self._first = next((index for index, kind in enumerate(kinds) if kind in ("Tensor", "List[Tensor]")), -1)
 
     def first(self, names: Sequence[str]) -> str:
-        """The first tensor, as Python with the arguments' names; "" if there is none, and no attempt."""
+        """The first tensor, as Python with the arguments' names; "" if there is none, and never an attempt."""
         if self._first < 0:
             return ""
         return names[self._first] + ("" if self._kinds[self._first] == "Tensor" else "[0]")
@@ -374,11 +374,13 @@ class Signature(NamedTuple):
     defaults: dict[str, Any]  # by those names
 
 
-def signature_of(arguments: Iterable[tuple[str, bool, Any]], by_name: Collection[str] = ()) -> Signature:
-    """Of arguments (name, whether it is given by name alone, default or NONE).
+NONE: Any = inspect.Parameter.empty
 
-    by_name: those after which all are passed on by name. What is written out has no loop over arguments, which would
-    take a third of what PyTorch's whole call takes.
+
+def signature_of(arguments: Iterable[tuple[str, bool, Any]], by_name: Collection[str] = ()) -> Signature:
+    """Of arguments (name, whether it is given by name alone, default or NONE); by_name: others to be passed on so.
+
+    What is written out has no loop over arguments, which would take a third of what PyTorch's whole call takes.
     """
     heads: list[str] = []
     given: list[str] = []
@@ -401,9 +403,6 @@ def arguments_of(schema: Any) -> list[tuple[str, bool, Any]]:
         (each.name, each.kwarg_only, each.default_value if each.has_default_value() else NONE)
         for each in schema.arguments
     ]
-
-
-NONE: Any = inspect.Parameter.empty
 
 
 def _key_text(names: Sequence[str], kinds: Sequence[str]) -> str:
