@@ -12,7 +12,8 @@ import torch
 import triton
 from gpu_cases import KERNELS, bench_cases, checked, copies, run, small_case
 
-from vllm_gems import launch
+from vllm_gems import launch, replay
+from vllm_gems.kernels.rms_norm import bind_norm_rows
 from vllm_gems.nouns import Kernel
 
 # What does not do with one: a second puts together what the first has shared out; a digit each, and the mask.
@@ -123,3 +124,25 @@ def test_threads(kernel: Kernel, forget: Callable[[], None]) -> None:
 
     with ThreadPoolExecutor(threads) as pool:
         assert list(pool.map(work, range(threads))) == [0] * threads
+
+
+def test_threads_without_a_context() -> None:
+    """Of what is recorded, and of a launch by itself; a thread may find the memory that it asks PyTorch for."""
+    device, (x, weight) = torch.cuda.current_device(), torch.randn(2, 3, 64, device="cuda")
+    norm = bind_norm_rows(torch.float32, torch.float32, 64, 1e-6, False, False, device)
+    run = replay.bind(device, lambda memory, x_at, out_at: norm(x_at, 0, weight.data_ptr(), out_at, 0, 3))
+    wanted = torch.nn.functional.rms_norm(x, (64,), weight[0], 1e-6)
+    torch.empty(4 << 20, device="cuda", dtype=torch.uint8)
+    for launches in (
+        lambda out: run((), (x.data_ptr(), out.data_ptr())),
+        lambda out: norm(x.data_ptr(), 0, weight.data_ptr(), out.data_ptr(), 0, 3),
+    ):
+        outs = [torch.full_like(x, torch.nan) for _ in range(4)]
+        launches(outs[0])
+        torch.cuda.synchronize()
+        for out in outs[1:]:
+            with ThreadPoolExecutor(1) as pool:
+                pool.submit(launches, out).result()
+        torch.cuda.synchronize()
+        for out in outs:
+            torch.testing.assert_close(out, wanted)
