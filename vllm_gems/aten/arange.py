@@ -98,19 +98,21 @@ def _check(dtype: torch.dtype, with_floats: bool) -> None:
 
 def _numbers(args: tuple[Any, ...], places: list[int | None], dtype: torch.dtype) -> tuple[Any, Any, int]:
     """(start, step, how many there are); raises Refused where PyTorch raises an error, and for too many."""
-    start, end, step = (
-        default if place is None else args[place] for place, default in zip(places, (0, 0, 1), strict=True)
-    )
-    if dtype.is_floating_point:
+    at_start, at_end, at_step = places
+    start = 0 if at_start is None else args[at_start]
+    end = 0 if at_end is None else args[at_end]
+    step = 1 if at_step is None else args[at_step]
+    floating = dtype.is_floating_point
+    if floating:
         start, end, step = float(start), float(end), float(step)
         most = math.inf if dtype is torch.float64 else _LARGEST
-        if not all(abs(each) <= most for each in (start, end, step)) or math.isinf(start) or math.isinf(end):
+        if not (abs(start) <= most and abs(end) <= most and abs(step) <= most) or math.isinf(start) or math.isinf(end):
             decline("its numbers are no finite ones of what it is computed in")
-    elif not all(abs(each) <= _EXACT for each in (start, end, step)):
+    elif not (abs(start) <= _EXACT and abs(end) <= _EXACT and abs(step) <= _EXACT):
         decline("its numbers are larger than 2**53")
     if step == 0 or (end > start and step < 0) or (end < start and step > 0):
         decline("it never gets to its end")
-    count = (end - start) / step if dtype.is_floating_point else -((start - end) // step)
+    count = (end - start) / step if floating else -((start - end) // step)
     if count > INT32_MAX - BLOCK:
         decline(f"it is of {count} elements")
     return start, step, math.ceil(count)

@@ -127,8 +127,7 @@ class Overload:
         given = len(args)
         if not kwargs:
             return args + self._defaults[given:]
-        rest = zip(self._all[given:], self._defaults[given:], strict=True)
-        return (*args, *(kwargs.get(name, default) for name, default in rest))
+        return args + tuple(map(kwargs.get, self._all[given:], self._defaults[given:]))
 
     def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any], attempts: Attempts | None = None) -> Any:
         """attempts: where a plan that has worked is to be found faster from then on."""
