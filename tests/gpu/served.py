@@ -40,9 +40,7 @@ def _a_place() -> Iterator[None]:
         time.sleep(1)
 
 
-def serve(
-    model: str, folder: Path, include: str, *options: str, exclude: str = "", most: int = 72
-) -> dict[str, Any]:
+def serve(model: str, folder: Path, include: str, *options: str, exclude: str = "", most: int = 72) -> dict[str, Any]:
     """The benchmark's record of two layers of `model`, decoded for comparison with these patches, `most` at a time."""
     pytest.importorskip("vllm")
     options = ("--layers", "2", "--batches", f"1,{most}", "--no-times", "--out", str(folder), *options)
