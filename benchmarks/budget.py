@@ -220,7 +220,7 @@ def measure_all(args: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[st
         spec = {
             "model": folder, "vocabulary": model.config["vocab_size"], "batches": args.batches, "steps": STEPS,
             "prefill": [], "kv_cache_bytes": 8 << 30, "side": dataclasses.asdict(settings), "contexts": [serve.PROMPT],
-            "latent": model.latent,
+            "latent": model.latent, "float8": False,
         }  # fmt: skip
         llm = serve.start_engine(spec)
         # Turn by turn, and in the first of them everything is compiled. Profiles come last: a process that has been

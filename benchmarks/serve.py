@@ -186,8 +186,8 @@ def environment(side: Side) -> dict[str, str]:
 def weights_by_name(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
     """The parameters; what latent attention holds in one, and attention by heads in two, as the two."""
     for name, weight in model.named_parameters():
-        if name.endswith("fused_qkv_a_proj.weight") and weight.dtype.itemsize > 1:  # float32 has no twin in float8
-            rank = model.config.q_lora_rank
+        if "fused_qkv_a_proj" in name:
+            rank = model.config.q_lora_rank // (_FLOAT8_BLOCK if "weight_scale_inv" in name else 1)
             yield name.replace("fused_qkv_a_proj", "q_a_proj"), weight[:rank]
             yield name.replace("fused_qkv_a_proj", "kv_a_proj_with_mqa"), weight[rank:]
         else:
@@ -195,40 +195,76 @@ def weights_by_name(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 @torch.no_grad()
-def seed_weights(model: Any) -> None:
+def seed_weights(model: Any, float8: bool = False) -> None:
     """Random weights that depend on a parameter's name alone, of a size that keeps activations near one.
 
     vLLM's dummy weights lie within 0.001 of zero, those of norms too, and leave logits that rounding decides. Values
     are rounded to bfloat16 whatever the model's dtype, so that a float32 model has exactly the same weights. Weights in
     float8 fill its range, as those of checkpoints do, and their blocks' scales, all different, make them as small.
+
+    float8: of a model without quantisation, what the quantised one has in float8, times its scales.
     """
     for name, weight in weights_by_name(model):
-        generator = torch.Generator(weight.device).manual_seed(zlib.crc32(name.encode()))
+        generator = _generator(name, weight.device)
+        twin = float8 and weight.dim() > 1 and not any(each in name for each in _NEVER_FLOAT8)
+        scales = _scales_of(name, weight) if twin else None
         # The experts of a layer are one parameter, of which float32 copies would not fit beside it.
         rows = max(1, _DRAWN_AT_ONCE * weight.shape[0] // max(1, weight.numel()))
-        for part in weight.split(rows):
+        for first, part in zip(range(0, weight.shape[0], rows), weight.split(rows), strict=True):
             value = torch.randn(part.shape, generator=generator, device=part.device, dtype=torch.float32)
             if "weight_scale_inv" in name:
-                part.copy_((1 + 0.2 * value.clamp(-3, 3)) * (weight.shape[-1] * _FLOAT8_BLOCK) ** -0.5 / _FLOAT8_SIZE)
-                continue
-            if weight.dtype is torch.float8_e4m3fn:
-                part.copy_((value * _FLOAT8_SIZE).clamp(-448, 448))
-                continue
-            if weight.dim() > 1:
-                value *= 1.0 if "embed" in name else weight.shape[-1] ** -0.5
+                part.copy_(_as_scales(value))
+            elif weight.dtype is torch.float8_e4m3fn:
+                part.copy_(_as_float8(value))
+            elif scales is not None:
+                part.copy_(_as_float8(value).float() * _for_elements(scales, weight, first, len(part)))
+            elif weight.dim() > 1:
+                part.copy_((value * (1.0 if "embed" in name else weight.shape[-1] ** -0.5)).bfloat16())
             else:
-                value = value * 0.1 + ("norm" in name)
-            part.copy_(value.bfloat16())
+                part.copy_((value * 0.1 + ("norm" in name)).bfloat16())
 
 
-def register_loader() -> None:
-    """Have vLLM know `seed_weights` as a format to load weights from, as it knows "dummy"."""
+# Weights that vLLM leaves as they are in a quantised model.
+_NEVER_FLOAT8 = "embed", "lm_head", "mlp.gate."
+
+
+def _generator(name: str, device: torch.device) -> torch.Generator:
+    return torch.Generator(device).manual_seed(zlib.crc32(name.encode()))
+
+
+def _as_float8(normal: torch.Tensor) -> torch.Tensor:
+    return normal.mul_(_FLOAT8_SIZE).clamp_(-448, 448).to(torch.float8_e4m3fn)
+
+
+def _as_scales(normal: torch.Tensor) -> torch.Tensor:
+    return (1 + 0.2 * normal.clamp(-3, 3)) * (normal.shape[-1] * _FLOAT8_BLOCK) ** -0.5 / _FLOAT8_SIZE
+
+
+def _scales_of(name: str, weight: torch.Tensor) -> torch.Tensor:
+    """The quantised model's scales of a weight that has none."""
+    shape = (*weight.shape[:-2], *(-(-size // _FLOAT8_BLOCK) for size in weight.shape[-2:]))
+    generator = _generator(f"{name}_scale_inv", weight.device)
+    return _as_scales(torch.randn(shape, generator=generator, device=weight.device, dtype=torch.float32))
+
+
+def _for_elements(scales: torch.Tensor, weight: torch.Tensor, first: int, count: int) -> torch.Tensor:
+    """Of `count` rows of a weight, or as many experts."""
+    some = slice(first, first + count)
+    if weight.dim() > 2:
+        scales, some = scales[some], slice(None)
+    rows, columns = weight.shape[-2:]
+    whole = scales.repeat_interleave(_FLOAT8_BLOCK, dim=-2)[..., :rows, :]
+    return whole.repeat_interleave(_FLOAT8_BLOCK, dim=-1)[..., :columns][some]
+
+
+def register_loader(float8: bool = False) -> None:
+    """Have vLLM know `seed_weights` as a format to load weights from, as it knows "dummy"; float8: as there."""
     from vllm.model_executor.model_loader import register_model_loader
     from vllm.model_executor.model_loader.dummy_loader import DummyModelLoader
 
     class SeededLoader(DummyModelLoader):
         def load_weights(self, model: Any, model_config: object) -> None:
-            seed_weights(model)
+            seed_weights(model, float8)
 
     register_model_loader("seeded")(SeededLoader)
 
@@ -244,7 +280,7 @@ def start_engine(spec: dict[str, Any]) -> Any:
         importlib.import_module("flash_on_cpu").install()
     from vllm import LLM
 
-    register_loader()
+    register_loader(spec["float8"])
     most = max(spec["batches"])
     longest = max(
         max(spec["contexts"]) + WARMUP + spec["steps"], PROMPT + max(LONG, GREEDY), max(MIXED) + MIXED_TOKENS,
@@ -708,16 +744,24 @@ def groups_of(needs: Sequence[int], room: int) -> list[list[int]]:
     return found
 
 
+def _written(folder: Path, config: dict[str, Any]) -> str:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    return str(folder)
+
+
 def run_all(args: argparse.Namespace, model: Model, out: Path) -> dict[str, dict[str, Any]]:
     """Results by process: first those that only decode for comparison, side by side, then those that are timed."""
-    folder = out / "model"
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(model.config))
+    folder = _written(out / "model", model.config)
+    # vLLM has no float32 run of weights in float8, but of what they stand for.
+    float8 = "quantization_config" in model.config
+    wide = {key: value for key, value in model.config.items() if key != "quantization_config"}
+    reference = {"model": _written(out / "reference", wide), "float8": float8}
     verify_at = [*(str(batch) for batch in COMPARED if batch <= max(args.batches)), "long", "mixed"]
     if not args.logits:
         verify_at = []
     spec = {
-        "model": str(folder),
+        "model": folder,
         "vocabulary": model.config["vocab_size"],
         "batches": args.batches,
         "contexts": args.context,
@@ -725,6 +769,7 @@ def run_all(args: argparse.Namespace, model: Model, out: Path) -> dict[str, dict
         "prefill": args.prefill,
         "few_graphs": args.few_graphs,
         "latent": model.latent,
+        "float8": False,
     }
     results: dict[str, dict[str, Any]] = {}
 
@@ -737,7 +782,7 @@ def run_all(args: argparse.Namespace, model: Model, out: Path) -> dict[str, dict
 
     def compare_with_reference() -> None:
         try:
-            run(REFERENCE, REFERENCE.name, batches=list(COMPARED), contexts=[PROMPT], prefill=[])
+            run(REFERENCE, REFERENCE.name, batches=list(COMPARED), contexts=[PROMPT], prefill=[], **reference)
         except ChildError as error:  # what was timed is worth keeping; the record says what is missing
             print(error, flush=True)
 

@@ -167,7 +167,7 @@ def test_a_layer_of_more_rows_than_few_is_the_same(library: Any, monkeypatch: py
         step = decode_steps.make_step(
             lambda metadata: decode_steps.Paged(rows, 20, block_table, seq_lens), object(), slots, positions
         )
-        call, cache = decoder._bind(block, hidden_states), kv_cache.clone()
+        (call, _), cache = decoder._bind(block, hidden_states), kv_cache.clone()
         before = hidden_states.clone(), residual.clone()
         results.append((*call(step, cache, hidden_states, residual), *call(step, cache, hidden_states, None), cache))
         assert torch.equal(hidden_states, before[0])

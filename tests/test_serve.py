@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -78,17 +79,13 @@ def test_hits_that_do_not_fit_are_told_but_not_of_patches_that_nobody_asked_for(
     assert serve.wrong_hits(model, found, {"rotary.rotary_embedding"}) == []
 
 
-class Config:
-    q_lora_rank = 3
-
-
-def attention(**weights: tuple[int, ...]) -> Any:
+def attention(q_lora_rank: int = 3, **weights: tuple[int, ...]) -> Any:
     model = torch.nn.Module()
     for name, shape in weights.items():
         layer = torch.nn.Module()
         layer.weight = torch.nn.Parameter(torch.full(shape, float("nan"), dtype=torch.bfloat16), requires_grad=False)
         model.add_module(name, layer)
-    model.config = Config
+    model.config = SimpleNamespace(q_lora_rank=q_lora_rank)
     return model
 
 
@@ -113,18 +110,43 @@ def test_large_weights_are_drawn_in_pieces(monkeypatch: pytest.MonkeyPatch) -> N
     assert len({float(row[0, 0]) for row in weight}) == 7
 
 
+def in_float8(layer: Any, name: str) -> None:
+    """Give a layer's parameter the dtype and the scales of vLLM's, nothing in them yet."""
+    shape = getattr(layer, name).shape
+    blocks = (*shape[:-2], *(-(-size // 128) for size in shape[-2:]))
+    setattr(layer, name, torch.nn.Parameter(torch.empty(shape, dtype=torch.float8_e4m3fn), requires_grad=False))
+    layer.register_parameter(f"{name}_scale_inv", torch.nn.Parameter(torch.empty(blocks), requires_grad=False))
+
+
+def widened(layer: Any) -> torch.Tensor:
+    scale, (rows, columns) = layer.weight_scale_inv, layer.weight.shape[-2:]
+    whole = scale.repeat_interleave(128, -2)[..., :rows, :].repeat_interleave(128, -1)[..., :columns]
+    return layer.weight.float() * whole
+
+
 def test_weights_in_float8_are_as_large_as_those_in_bfloat16() -> None:
-    """With their scales, one for a block, all different; a fused parameter's blocks need not divide it."""
-    model = attention(fused_qkv_a_proj=(200, 256))
-    layer = model.fused_qkv_a_proj
-    layer.weight = torch.nn.Parameter(torch.empty(200, 256, dtype=torch.float8_e4m3fn), requires_grad=False)
-    layer.weight_scale_inv = torch.nn.Parameter(torch.full((2, 2), float("nan")), requires_grad=False)
+    """With their scales, one for a block, all different."""
+    model = attention(o_proj=(200, 256))
+    in_float8(model.o_proj, "weight")
     serve.seed_weights(model)
-    scale = layer.weight_scale_inv
-    assert len(set(scale.flatten().tolist())) == 4
-    weight = layer.weight.float() * scale.repeat_interleave(128, 0)[:200].repeat_interleave(128, 1)
-    assert float(weight.std()) == pytest.approx(256**-0.5, rel=0.4)
-    assert float(layer.weight.float().abs().max()) > 224  # the largest is 448
+    assert len(set(model.o_proj.weight_scale_inv.flatten().tolist())) == 4
+    assert float(widened(model.o_proj).std()) == pytest.approx(256**-0.5, rel=0.4)
+    assert float(model.o_proj.weight.float().abs().max()) > 224  # the largest is 448
+
+
+def test_a_model_without_quantisation_has_the_weights_of_the_one_in_float8(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fused or not, in pieces or not; and what is never in float8 is as it always was."""
+    monkeypatch.setattr(serve, "_DRAWN_AT_ONCE", 70_000)
+    quantised = attention(128, fused_qkv_a_proj=(128 + 72, 256), experts=(3, 200, 256), embed=(9, 16))
+    wide = attention(q_a_proj=(128, 256), kv_a_proj_with_mqa=(72, 256), experts=(3, 200, 256), embed=(9, 16)).float()
+    for layer in (quantised.fused_qkv_a_proj, quantised.experts):
+        in_float8(layer, "weight")
+    serve.seed_weights(quantised)
+    serve.seed_weights(wide, float8=True)
+    fused = torch.cat((wide.q_a_proj.weight, wide.kv_a_proj_with_mqa.weight))
+    assert torch.equal(fused, widened(quantised.fused_qkv_a_proj))
+    assert torch.equal(wide.experts.weight, widened(quantised.experts))
+    assert torch.equal(wide.embed.weight, quantised.embed.weight.float())
 
 
 def compared(folder: Path, rows: int, ours: float, far_rows: int, routed: bool) -> dict[str, Any]:

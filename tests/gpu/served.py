@@ -40,17 +40,17 @@ def _a_place() -> Iterator[None]:
         time.sleep(1)
 
 
-def serve(model: str, folder: Path, include: str, *options: str, exclude: str = "") -> dict[str, Any]:
-    """The benchmark's record of two layers of `model`, decoded for comparison with these patches."""
+def serve(model: str, folder: Path, include: str, *options: str, exclude: str = "", most: int = 72) -> dict[str, Any]:
+    """The benchmark's record of two layers of `model`, decoded for comparison with these patches, `most` at a time."""
     pytest.importorskip("vllm")
-    options = ("--layers", "2", "--batches", "1,72", "--no-times", "--out", str(folder), *options)
+    options = ("--layers", "2", "--batches", f"1,{most}", "--no-times", "--out", str(folder), *options)
     command = [sys.executable, str(ROOT / "benchmarks" / "serve.py"), "--model", model, *options]
     environ = {**os.environ, "VLLM_GEMS_INCLUDE": include, "VLLM_GEMS_EXCLUDE": exclude}
     with _a_place():
         ran = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=900, check=False)
     assert ran.returncode == 0, ran.stdout + ran.stderr[-4000:]
     record: dict[str, Any] = json.loads((folder / "serve.json").read_text())
-    assert {each["case"] for each in record["logits"]} == CASES
+    assert {each["case"] for each in record["logits"]} == (CASES if most == 72 else CASES - {"72"})
     assert all("error_ratio" in each for each in record["logits"]), "there was no float32 engine"
     return record
 
@@ -58,6 +58,6 @@ def serve(model: str, folder: Path, include: str, *options: str, exclude: str = 
 def assert_answered(record: dict[str, Any], patch: str) -> None:
     """In every way of decoding, and nothing went wrong."""
     hits = record["hits"]["eager"]
-    assert all(hits[case]["hits"].get(patch, 0) > 0 for case in CASES), hits
+    assert all(each["hits"].get(patch, 0) > 0 for each in hits.values()), hits
     row = next(row for row in record["report"]["eager"] if row["patch"] == patch)
     assert (row["state"], row["errors"]) == ("bound", 0)
