@@ -302,7 +302,7 @@ def test_without_guards_the_plans_are_found_by_key(monkeypatch: pytest.MonkeyPat
     x = torch.randn(2, 3, 7, device=DEVICE)  # a shape of no other test
     before = ops.CALLS["exp"], ops.FALLBACKS["exp"]
     for _ in range(3):
-        assert torch.equal(vllm_gems.exp(x), standalone.TABLE["exp"]()(x))
+        torch.testing.assert_close(vllm_gems.exp(x), standalone.TABLE["exp"]()(x))
     assert (ops.CALLS["exp"], ops.FALLBACKS["exp"]) == (before[0] + 3, before[1])
     assert not standalone.function("exp").__globals__["g_attempts"](x.shape)
 
