@@ -21,10 +21,12 @@ from test_rules import ROOT
 from test_tuning import DEEPSEEK, LLAMA, QWEN2, scope
 
 from vllm_gems import cli, tuned
-from vllm_gems.kernels import indexing, matmul, moe_experts
+from vllm_gems.kernels import block_fp8_experts, block_fp8_linear, indexing, matmul, moe_experts
 from vllm_gems.kernels.linear import Shape
 from vllm_gems.kernels.moe_experts import Experts
 from vllm_gems.tuning import OPS
+from vllm_gems.tuning.block_fp8_experts import BLOCK_FP8_EXPERTS
+from vllm_gems.tuning.block_fp8_linear import BLOCK_FP8_LINEAR
 from vllm_gems.tuning.indexing import INDEX
 from vllm_gems.tuning.linear import LINEAR
 from vllm_gems.tuning.matmul import MATMUL, Product
@@ -48,6 +50,12 @@ TINY_MLA = {
     "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 2, "kv_lora_rank": 32, "q_lora_rank": None,
     "qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 16,
 }  # fmt: skip
+FP8 = {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}}
+TINY_FP8 = {
+    "hidden_size": 256, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "num_local_experts": 4, "num_experts_per_tok": 2, "mlp_only_layers": [0], **FP8,
+}  # fmt: skip
+TINIES = (TINY, TINY_MLA, TINY_FP8)
 
 
 def test_every_op_is_known_and_can_be_chosen() -> None:
@@ -57,7 +65,7 @@ def test_every_op_is_known_and_can_be_chosen() -> None:
         ("linear", ("linear",)), ("matmul", ("mm", "mm_logits")),
     ]  # fmt: skip
     for tunable in tunables():
-        for config in (TINY, TINY_MLA):
+        for config in TINIES:
             assert {job.op for job in tunable.jobs(scope(config))} <= set(tunable.ops)
 
 
@@ -147,7 +155,7 @@ def test_candidates_begin_with_the_default_and_fit(tunable: Tunable) -> None:
 
 def first_of(tunable: Tunable, op: str, **about: Any) -> Job:
     """A job of a tiny model."""
-    jobs = [job for config in (TINY, TINY_MLA) for job in tunable.jobs(scope(config)) if job.op == op]
+    jobs = [job for config in TINIES for job in tunable.jobs(scope(config)) if job.op == op]
     return next(job for job in jobs if all(getattr(job.about, name) == value for name, value in about.items()))
 
 
@@ -163,6 +171,10 @@ TRIED = [
     (MOE_EXPERTS, "moe_experts", {"num_tokens": 1, "gated": True}),
     (MOE_EXPERTS, "moe_experts", {"num_tokens": 8, "gated": False}),
     (MOE_EXPERTS, "moe_experts", {"num_tokens": 64, "gated": True}),
+    (BLOCK_FP8_LINEAR, "block_fp8_linear", {"rows": 16}),
+    (BLOCK_FP8_LINEAR, "silu_gated_block_fp8_linear", {"rows": 32}),
+    (BLOCK_FP8_EXPERTS, "block_fp8_experts", {"num_tokens": 1, "gated": False}),
+    (BLOCK_FP8_EXPERTS, "block_fp8_experts", {"num_tokens": 16, "gated": True}),
 ]
 IDS = [f"{op} {about}" for _, op, about in TRIED]
 
@@ -183,10 +195,12 @@ def test_right_candidates_pass_and_wrong_ones_do_not(
     def spoiled(*args: Any) -> Any:
         call = call_of(*args)
 
-        def spoil(*args: Any, **kwargs: Any) -> torch.Tensor:
-            out: torch.Tensor = call(*args, **kwargs)
+        def spoil(*args: Any, **kwargs: Any) -> Any:
+            found = call(*args, **kwargs)
+            # Of what is quantised the scales.
+            out: torch.Tensor = found[-1] if isinstance(found, tuple) else found
             out[-1] *= 1.02
-            return out
+            return found
 
         return spoil
 
