@@ -137,6 +137,26 @@ def test_jobs_of_mixtures_and_of_rows_that_are_picked() -> None:
     assert not list(INDEX.jobs(scope({**LLAMA, "hidden_size": 4097})))
 
 
+def test_jobs_of_float8_are_of_models_in_float8() -> None:
+    v2_lite, v3 = PRESETS["deepseek"]
+    for config in (LLAMA, QWEN3_MOE, v2_lite, {**QWEN3_MOE, "quantization_config": None}):
+        assert not [*BLOCK_FP8_LINEAR.jobs(scope(config)), *BLOCK_FP8_EXPERTS.jobs(scope(config))]
+    other_blocks = {"quantization_config": {"quant_method": "fp8", "weight_block_size": [1, 128]}}
+    assert not list(BLOCK_FP8_LINEAR.jobs(scope({**LLAMA, **other_blocks})))
+    # All layers but the gate, which stays in 16 bits.
+    found = {job.about.shape for job in BLOCK_FP8_LINEAR.jobs(scope(v3))}
+    assert found == set(linears(v3, 1)) - {Shape(7168, 256)}
+    assert found == set(block_fp8_linear.PROJECTIONS["deepseek-v3"].values())
+    for config in ({**QWEN3_MOE, **FP8}, {"text_config": QWEN3_MOE, **FP8}, {"text_config": {**QWEN3_MOE, **FP8}}):
+        keys = [job.key for job in BLOCK_FP8_LINEAR.jobs(scope(config, max_reqs=16))]
+        assert keys == ["2048x5120 16", "4096x2048 16"]
+        keys = [job.key for job in BLOCK_FP8_EXPERTS.jobs(scope(config, max_reqs=3))]
+        sizes = "2048x768 gated", "768x2048"
+        assert keys == [f"8 of 128 {each} {tokens}" for tokens in (1, 2, 4) for each in sizes]
+    # On four ranks the down projection of its experts would have one block and a half.
+    assert not list(BLOCK_FP8_EXPERTS.jobs(scope({**QWEN3_MOE, **FP8}, tp=4)))
+
+
 @pytest.mark.parametrize("tunable", tunables(), ids=lambda tunable: tunable.kernel)
 def test_candidates_begin_with_the_default_and_fit(tunable: Tunable) -> None:
     for config in (QWEN2, *PRESETS["deepseek"], QWEN3_MOE):
@@ -151,6 +171,14 @@ def test_candidates_begin_with_the_default_and_fit(tunable: Tunable) -> None:
         for tiling in others:
             assert 2 * tiling.depth * (tiling.rows + tiling.cols) * tiling.num_stages <= 227 * 1024
             assert tiling.rows * tiling.cols <= 128 * 32 * tiling.num_warps
+    for tunable in (BLOCK_FP8_LINEAR, BLOCK_FP8_EXPERTS):
+        for job in tunable.jobs(scope(PRESETS["deepseek"][1])):
+            parts = 2 if "gated" in job.key else 1
+            for tiling in tunable.candidates(job):
+                rows = job.about.rows if tunable is BLOCK_FP8_LINEAR else tiling.rows
+                assert 128 * (rows + parts * tiling.cols) * tiling.num_stages <= 227 * 1024
+                assert parts * rows * tiling.cols <= 128 * 32 * tiling.num_warps
+                assert tiling.cols in ((128,) if tunable is BLOCK_FP8_EXPERTS and parts == 2 else (64, 128))
 
 
 def first_of(tunable: Tunable, op: str, **about: Any) -> Job:
@@ -315,6 +343,62 @@ def test_a_mixture_looks_tilings_up_when_it_is_bound(monkeypatch: pytest.MonkeyP
     assert not asked
 
 
+def test_layers_in_float8_take_measured_tilings(store: Path) -> None:
+    shape, measured = Shape(256, 384, gated=True), block_fp8_linear.Tiling(128, 2, 8, 3)
+    kept(BLOCK_FP8_LINEAR, block_fp8_linear.key_of(shape, 32), measured)
+    for each, rows, device, expected in (
+        (shape, 32, 0, measured),
+        (shape._replace(bias=True), 32, 0, measured),
+        (shape, 16, 0, block_fp8_linear.default_tiling(shape, 16)),
+        (shape, 32, -1, block_fp8_linear.default_tiling(shape, 32)),
+        (shape._replace(gated=False), 32, 0, block_fp8_linear.default_tiling(shape._replace(gated=False), 32)),
+    ):
+        assert block_fp8_linear.tiling_for(each, rows, device) == expected
+    assert tuned.states()["block_fp8_linear"]["missing"] == ["256x384 32", "256x384 gated 16"]
+    experts, of_experts = Experts(4, 2, 256, 128), block_fp8_experts.Tiling(32, 128, 8, 2)
+    kept(BLOCK_FP8_EXPERTS, block_fp8_experts.key_of(experts, 8, True), of_experts)
+    for tokens, gated, device, is_measured in (
+        (5, True, 0, True),
+        (5, False, 0, False),
+        (9, True, 0, False),
+        (5, True, -1, False),
+    ):
+        default = block_fp8_experts.default_tiling(experts, tokens, gated)
+        assert default != of_experts
+        found = block_fp8_experts.tiling_for(experts, tokens, gated, device)
+        assert found == (of_experts if is_measured else default)
+
+
+def test_layers_in_float8_look_tilings_up_when_they_are_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And give with them what they give without."""
+    asked: list[Any] = []
+    torch.manual_seed(0)
+
+    def measured(module: Any, tiling: Any) -> None:
+        monkeypatch.setattr(module, "tiling_for", lambda *args: asked.append(args[:-1]) or tiling(*args[:-1]))
+
+    linear = block_fp8_linear.BLOCK_FP8_LINEAR
+    inputs = linear.inputs(next(case for case in linear.cases if case.name == "several"), "float32", DEVICE)
+    want = linear.op(**inputs)
+    block_fp8_linear.bind_block_fp8_linear.cache_clear()
+    measured(block_fp8_linear, lambda shape, rows: block_fp8_linear.Tiling(128, 3, 4, 2))
+    assert worst_error(linear.op(**inputs), want) < 1e-3
+    assert [rows for _, rows in asked] == [16, 32, 64]
+    experts = block_fp8_experts.BLOCK_FP8_EXPERTS
+    inputs = experts.inputs(next(case for case in experts.cases if case.name == "listed"), "float32", DEVICE)
+    want = experts.op(**inputs)
+    block_fp8_experts.bind_block_fp8_experts.cache_clear()
+    asked.clear()
+    measured(block_fp8_experts, lambda experts, tokens, gated: block_fp8_experts.Tiling(32, 128, 8, 2))
+    assert worst_error(experts.op(**inputs), want) < 1e-2
+    assert {tokens for _, tokens, _ in asked} == set(range(1, moe_experts.MAX_TOKENS + 1))
+    asked.clear()
+    experts.op(**inputs)
+    assert not asked
+    for bind in (block_fp8_linear.bind_block_fp8_linear, block_fp8_experts.bind_block_fp8_experts):
+        bind.cache_clear()
+
+
 def test_what_is_missing_is_remembered_up_to_a_limit(store: Path) -> None:
     for number in range(tuned.MISSING + 10):
         assert tuned.lookup("matmul", 0, f"{number}", "source") is None
@@ -327,7 +411,7 @@ sys.path.insert(0, "tests")
 from test_tunables import TRIED, first_of
 from vllm_gems.launch import INTERPRETED
 assert not INTERPRETED
-for tunable, op, about in (TRIED[index] for index in (0, 3, 7, 9)):
+for tunable, op, about in (TRIED[index] for index in (0, 3, 7, 9, 12, 14)):
     job = first_of(tunable, op, **about)
     tunable.compile(job, tunable.candidates(job)[0], 90)
 """
@@ -352,4 +436,7 @@ def test_candidates_of_each_compile_without_a_gpu(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", COMPILES], cwd=ROOT, env=environ, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     compiled = {path.name.split(".")[0] for path in tmp_path.rglob("*.cubin")}
-    assert compiled == {"_linear_kernel", "_matmul_kernel", "_indexed_copy_kernel", "_moe_experts_kernel"}
+    assert compiled == {
+        "_linear_kernel", "_matmul_kernel", "_indexed_copy_kernel", "_moe_experts_kernel", "_block_fp8_linear_kernel",
+        "_block_fp8_experts_kernel",
+    }  # fmt: skip
