@@ -21,12 +21,14 @@ from test_rules import ROOT
 from test_tuning import DEEPSEEK, LLAMA, QWEN2, scope
 
 from vllm_gems import cli, tuned
-from vllm_gems.kernels import block_fp8_experts, block_fp8_linear, indexing, matmul, moe_experts
+from vllm_gems.kernels import block_fp8_experts, block_fp8_linear, head_linear, indexing, matmul, moe_experts
+from vllm_gems.kernels.head_linear import HeadShape
 from vllm_gems.kernels.linear import Shape
 from vllm_gems.kernels.moe_experts import Experts
 from vllm_gems.tuning import OPS
 from vllm_gems.tuning.block_fp8_experts import BLOCK_FP8_EXPERTS
 from vllm_gems.tuning.block_fp8_linear import BLOCK_FP8_LINEAR
+from vllm_gems.tuning.head_linear import HEAD_LINEAR
 from vllm_gems.tuning.indexing import INDEX
 from vllm_gems.tuning.linear import LINEAR
 from vllm_gems.tuning.matmul import MATMUL, Product
@@ -171,6 +173,10 @@ def test_candidates_begin_with_the_default_and_fit(tunable: Tunable) -> None:
         for tiling in others:
             assert 2 * tiling.depth * (tiling.rows + tiling.cols) * tiling.num_stages <= 227 * 1024
             assert tiling.rows * tiling.cols <= 128 * 32 * tiling.num_warps
+    for job in HEAD_LINEAR.jobs(scope(DEEPSEEK)):
+        for tiling in HEAD_LINEAR.candidates(job):
+            assert 2 * tiling.depth * (tiling.rows + tiling.cols) * tiling.num_stages <= 227 * 1024
+            assert tiling.rows * tiling.cols <= 32 * 32 * tiling.num_warps
     for tunable in (BLOCK_FP8_LINEAR, BLOCK_FP8_EXPERTS):
         for job in tunable.jobs(scope(PRESETS["deepseek"][1])):
             parts = 2 if "gated" in job.key else 1
@@ -203,6 +209,8 @@ TRIED = [
     (BLOCK_FP8_LINEAR, "silu_gated_block_fp8_linear", {"rows": 32}),
     (BLOCK_FP8_EXPERTS, "block_fp8_experts", {"num_tokens": 1, "gated": False}),
     (BLOCK_FP8_EXPERTS, "block_fp8_experts", {"num_tokens": 16, "gated": True}),
+    (HEAD_LINEAR, "head_linear", {"rows": 16}),
+    (HEAD_LINEAR, "head_linear", {"rows": 128, "shape": HeadShape(2, 32, 16, False)}),
 ]
 IDS = [f"{op} {about}" for _, op, about in TRIED]
 
@@ -341,6 +349,37 @@ def test_a_mixture_looks_tilings_up_when_it_is_bound(monkeypatch: pytest.MonkeyP
 
     run(*(each.data_ptr() for each in every), 0, out.data_ptr(), 5, memory)
     assert not asked
+
+
+def test_products_of_heads_take_measured_tilings(store: Path) -> None:
+    shape, measured = HeadShape(2, 32, 16, True), head_linear.Tiling(32, 16, 32, 4, 2)
+    jobs = [job for job in HEAD_LINEAR.jobs(scope(TINY_MLA)) if job.about.shape == HeadShape(2, 16, 32, True)]
+    assert [job.key for job in jobs] == [f"bfloat16 2*16x32 nn {rows}" for rows in head_linear.CLASSES]
+    kept(HEAD_LINEAR, "bfloat16 2*32x16 nn 32", measured)
+    for each, rows, dtype, device, is_measured in (
+        (shape, 17, torch.bfloat16, 0, True),
+        (shape, 32, torch.float16, 0, True),
+        (shape, 32, torch.float32, 0, False),
+        (shape, 16, torch.bfloat16, 0, False),
+        (shape._replace(along_out=False), 32, torch.bfloat16, 0, False),
+        (shape, 32, torch.bfloat16, -1, False),
+    ):
+        default = head_linear.default_tiling(each, rows, dtype)
+        assert default != measured
+        assert head_linear.tiling_for(each, rows, dtype, device) == (measured if is_measured else default)
+    assert tuned.states()["head_linear"]["missing"] == ["bfloat16 2*32x16 nn 16", "bfloat16 2*32x16 nt 32"]
+
+
+def test_products_of_heads_look_tilings_up_when_they_are_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    tiling = head_linear.Tiling(32, 16, 32, 4, 1)
+    monkeypatch.setattr(head_linear, "tiling_for", lambda shape, rows, *rest: asked.append(rows) or tiling)
+    x, weight = torch.randn(70, 3, 48, device=DEVICE), torch.randn(3, 48, 24, device=DEVICE)
+    for _ in range(2):  # the second asks no more
+        got = head_linear.head_linear(x, weight)
+        assert asked == list(head_linear.CLASSES)
+    torch.testing.assert_close(got, torch.einsum("rhi,hio->rho", x, weight), rtol=1e-4, atol=1e-4)
+    head_linear.bind_head_linear.cache_clear()
 
 
 def test_layers_in_float8_take_measured_tilings(store: Path) -> None:

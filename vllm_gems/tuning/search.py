@@ -229,12 +229,13 @@ def tunables() -> list[Tunable]:
     """All there are."""
     from .block_fp8_experts import BLOCK_FP8_EXPERTS
     from .block_fp8_linear import BLOCK_FP8_LINEAR
+    from .head_linear import HEAD_LINEAR
     from .indexing import INDEX
     from .linear import LINEAR
     from .matmul import MATMUL
     from .moe_experts import MOE_EXPERTS
 
-    return [LINEAR, MATMUL, INDEX, MOE_EXPERTS, BLOCK_FP8_LINEAR, BLOCK_FP8_EXPERTS]
+    return [LINEAR, MATMUL, INDEX, MOE_EXPERTS, BLOCK_FP8_LINEAR, BLOCK_FP8_EXPERTS, HEAD_LINEAR]
 
 
 def chosen(ops: str | None) -> list[Tunable]:
