@@ -71,6 +71,18 @@ def test_every_op_is_known_and_can_be_chosen() -> None:
             assert {job.op for job in tunable.jobs(scope(config))} <= set(tunable.ops)
 
 
+def test_every_kernel_is_tuned_or_the_design_says_what_decides() -> None:
+    section = (ROOT / "docs" / "design.md").read_text().split("## Configurations\n")[1].split("\n## ")[0]
+    sentence, table = section.split("| --- |")
+    for tunable in tunables():
+        assert f"`{tunable.kernel}`" in sentence
+    files = [path for path in (ROOT / "vllm_gems" / "kernels").glob("*.py") if "num_warps=" in path.read_text()]
+    assert len(files) > 15
+    for path in files:
+        is_tuned = path.stem in {tunable.kernel for tunable in tunables()}
+        assert (f"`{path.stem}`" in table.replace("`matmul`'s", "")) != is_tuned, path.stem
+
+
 def test_mixtures_heads_and_vocabularies_of_models() -> None:
     assert mixture(QWEN2, 1) is None
     assert mixture(QWEN3_MOE, 2) == Experts(128, 8, 2048, 384)
