@@ -22,6 +22,7 @@ from test_tuning import DEEPSEEK, LLAMA, QWEN2, scope
 
 from vllm_gems import cli, tuned
 from vllm_gems.kernels import block_fp8_experts, block_fp8_linear, head_linear, indexing, matmul, moe_experts
+from vllm_gems.kernels.block_fp8_linear import quantise_reference
 from vllm_gems.kernels.head_linear import HeadShape
 from vllm_gems.kernels.linear import Shape
 from vllm_gems.kernels.moe_experts import Experts
@@ -267,6 +268,22 @@ def test_one_wrong_row_or_column_is_seen() -> None:
     assert math.isnan(worst([0.0, float("nan"), 1.0]))
     assert worst_error(want.bfloat16(), want) < 2**-8
     assert [copies(nbytes) for nbytes in (0, 1 << 20, 1 << 30)] == [256, 192, 2]
+
+
+def test_what_is_quantised_may_be_as_far_off_as_it_has_to_be() -> None:
+    """Numbers between two that float8 has become either; a row that is wrong is seen beside that."""
+    torch.manual_seed(0)
+    want = torch.randn(300, 256)
+    nearest = quantise_reference(want)
+    assert worst_error(nearest, want) > 2e-2
+    assert worst_error(nearest, want, nearest) == 0.0
+    other = quantise_reference(want * (1 + 1e-4 * torch.randn_like(want)))
+    assert not torch.equal(other, nearest)
+    assert worst_error(other, want, nearest) < 5e-3
+    other[7] *= 1.02
+    assert worst_error(other, want, nearest) > 1.5e-2
+    other[9, 9] = float("nan")
+    assert math.isnan(worst_error(other, want, nearest))
 
 
 @pytest.fixture
