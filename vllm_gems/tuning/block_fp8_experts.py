@@ -15,6 +15,7 @@ from ..kernels.block_fp8_linear import (
     FLOAT8,
     bind_group_quantise,
     dequantised,
+    device_refuses,
     quantise_reference,
     random_weight,
 )
@@ -145,4 +146,5 @@ BLOCK_FP8_EXPERTS = Tunable(
     # columns of 128: a number that lies between two that float8 has becomes the one or the other.
     tolerance=1e-2,
     us=us,
+    refuses=device_refuses,
 )

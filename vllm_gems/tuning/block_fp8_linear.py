@@ -18,6 +18,7 @@ from ..kernels.block_fp8_linear import (
     block_fp8_linear_reference,
     build_of,
     default_tiling,
+    device_refuses,
     key_of,
     random_weight,
     silu_gated_block_fp8_linear_reference,
@@ -165,4 +166,5 @@ BLOCK_FP8_LINEAR = Tunable(
     # Hopper's tensor cores keep 14 bits of the sum over a block (https://arxiv.org/abs/2412.19437, section 3.5.2).
     tolerance=TOLERANCE + 1e-3,
     us=us,
+    refuses=device_refuses,
 )

@@ -65,6 +65,8 @@ class Tunable:
     # (keys and the times of their candidates) -> configurations for what was not measured itself; None if that takes
     # the kernel's default
     general: Callable[[Mapping[str, Mapping[Any, float]]], Mapping[str, Any]] | None = None
+    # (index of a GPU) -> why the kernel does nothing there, None if it does; None where it is for all
+    refuses: Callable[[int], str | None] | None = None
 
 
 class Outcome(NamedTuple):
