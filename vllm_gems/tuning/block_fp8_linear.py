@@ -56,8 +56,8 @@ class Tile(NamedTuple):
 
 
 def warps_and_stages(tile: Tile, programs: int, moving: int, registers: int) -> Iterator[tuple[int, int]]:
-    """Those that an H100 can launch, whose sums do not spill, and with which so many bytes of weights are on their way
-    of all programs that it has at once."""
+    """Those that an H100 can launch, whose sums fit into registers, and with which so many bytes of weights are on
+    their way of all programs that it has at once."""
     sums = tile.parts * tile.rows * tile.cols
     for warps, stages in itertools.product((4, 8), (2, 3, 4, 6)):
         shared = stages * tile.nbytes

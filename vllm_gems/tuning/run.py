@@ -26,9 +26,8 @@ def pretune(
 
     Returns {"jobs": [{"kernel", "key"} and one of "candidates" (a dry run), "us" with "of" (candidates) and "default"
     (its us; None if it is out of the question), "known", "skipped" (why the kernel is not for this GPU), "failed"
-    (why)], "lines": [what to print]}. Raises ValueError
-    for a model or an op that is not known, for `tp` that does not divide a layer, without a GPU, and where results
-    cannot be written.
+    (why)], "lines": [what to print]}. Raises ValueError for a model or an op that is not known, for `tp` that does not
+    divide a layer, without a GPU, and where results cannot be written.
     """
     for name, value in (("--tp", tp), ("--max-tokens", max_tokens), ("--max-reqs", max_reqs)):
         if value < 1:
