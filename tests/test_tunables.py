@@ -20,6 +20,7 @@ import torch
 from test_rules import ROOT
 from test_tuning import DEEPSEEK, LLAMA, QWEN2, scope
 
+from tools import ship_tuned
 from vllm_gems import cli, tuned
 from vllm_gems.kernels import block_fp8_experts, block_fp8_linear, head_linear, indexing, matmul, moe_experts
 from vllm_gems.kernels.block_fp8_linear import quantise_reference
@@ -465,13 +466,25 @@ def test_layers_in_float8_look_tilings_up_when_they_are_bound(monkeypatch: pytes
     block_fp8_experts.bind_block_fp8_experts.cache_clear()
     asked.clear()
     measured(block_fp8_experts, lambda experts, tokens, gated: block_fp8_experts.Tiling(32, 128, 8, 2))
-    assert worst_error(experts.op(**inputs), want) < 1e-2
+    # Where sums are not the same to the last bit, some are quantised to the other number between the products.
+    assert worst_error(experts.op(**inputs), want) < (1e-6 if DEVICE == "cpu" else 5e-2)
     assert {tokens for _, tokens, _ in asked} == set(range(1, moe_experts.MAX_TOKENS + 1))
     asked.clear()
     experts.op(**inputs)
     assert not asked
     for bind in (block_fp8_linear.bind_block_fp8_linear, block_fp8_experts.bind_block_fp8_experts):
         bind.cache_clear()
+
+
+def test_what_is_shipped_are_configurations_of_these_kernels() -> None:
+    every = {tunable.kernel: tunable for tunable in tunables()}
+    paths = [path for path in ship_tuned.SHIPPED.glob("*/*.json") if path.stem in every]
+    assert paths
+    for path in paths:
+        job = next(job for config in TINIES for job in every[path.stem].jobs(scope(config)))
+        fields = every[path.stem].candidates(job)[0]._fields
+        for found in json.loads(path.read_text())["configurations"].values():
+            assert tuple(found) == fields, path
 
 
 def test_what_is_missing_is_remembered_up_to_a_limit(store: Path) -> None:
