@@ -1,6 +1,6 @@
 """Linear layers and experts with weights in block-wise float8 over few rows: ours against vLLM's own kernels.
 
-    python benchmarks/block_fp8.py [--check] [--tilings] [--rows 1,32,64] [--layers o,experts] [--out DIR]
+    python benchmarks/block_fp8.py [--check] [--rows 1,32,64] [--layers o,experts] [--out DIR]
 
 Writes the record `block_fp8`: GPU time in bfloat16 of DeepSeek-V3's linear layers and experts, quantising the rows and
 the activation included on both sides, and the relative Frobenius error of each side against float64, of weights and
@@ -8,8 +8,8 @@ activations that are quantised. vLLM's side is `per_token_group_quant_fp8` with 
 layers take on Hopper without DeepGEMM, or with its Triton kernel where there is none; and `fused_experts`. First both
 sides' quantised rows are compared, element by element.
 
---check stops after the errors; --tilings times other divisions of the work, too, and prints the best. Needs a GPU and
-vLLM.
+--check stops after the errors. Other divisions of the work are measured by `vllm-gems pretune`; its results are taken.
+Needs a GPU and vLLM.
 """
 
 from __future__ import annotations
@@ -26,24 +26,20 @@ import torch
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
 from benchmarks import measure
-from vllm_gems.kernels import block_fp8_experts as of_experts
-from vllm_gems.kernels.block_fp8_experts import bind_block_fp8_experts, block_fp8_experts, block_fp8_experts_reference
+from vllm_gems.kernels.block_fp8_experts import block_fp8_experts, block_fp8_experts_reference
 from vllm_gems.kernels.block_fp8_linear import (
     BLOCK,
     PROJECTIONS,
-    Shape,
-    Tiling,
-    bind_block_fp8_linear,
     bind_group_quantise,
     block_fp8_linear,
     block_fp8_linear_reference,
-    default_tiling,
     random_weight,
     silu_gated_block_fp8_linear,
     silu_gated_block_fp8_linear_reference,
 )
-from vllm_gems.kernels.linear import rows_class
+from vllm_gems.kernels.linear import Shape
 from vllm_gems.kernels.moe_experts import MIXTURES, Experts
+from vllm_gems.tuning.block_fp8_experts import random_experts
 from vllm_gems.tuning.timing import gpu_us
 
 MODEL = "deepseek-v3"
@@ -123,7 +119,7 @@ def row_of(case: dict[str, Any], sides: dict[str, Call], sets: list[dict[str, An
     return row
 
 
-def linear_rows(name: str, shape: Shape, *, points: list[int], timed: bool, tilings: bool) -> Iterator[dict[str, Any]]:
+def linear_rows(name: str, shape: Shape, *, points: list[int], timed: bool) -> Iterator[dict[str, Any]]:
     height = shape.out_features * (2 if shape.gated else 1)
     op = silu_gated_block_fp8_linear if shape.gated else block_fp8_linear
     reference = silu_gated_block_fp8_linear_reference if shape.gated else block_fp8_linear_reference
@@ -137,58 +133,6 @@ def linear_rows(name: str, shape: Shape, *, points: list[int], timed: bool, tili
         want = reference(sets[0]["x"].double(), weights[0][0], weights[0][1].double())[0]
         sides: dict[str, Call] = {"ours": op, **vllm_side(shape)}
         yield row_of({"op": op.__name__, "layer": name, "rows": rows}, sides, sets, want, timed)
-        if tilings:
-            others = {str(tuple(each)): by_tiling(shape, each) for each in linear_tilings(shape, rows)}
-            tell_best(f"{name} {rows}", others, sets)
-
-
-def by_tiling(shape: Shape, tiling: Tiling) -> Call:
-    project = bind_block_fp8_linear(shape, torch.bfloat16, 0, tiling)
-
-    def call(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-        out = torch.empty((x.shape[0], shape.out_features), dtype=x.dtype, device=x.device)
-        at = x.data_ptr(), x.stride(0), weight.data_ptr(), scale.data_ptr(), 0, out.data_ptr()
-        project(*at, x.shape[0])
-        return out
-
-    return call
-
-
-def linear_tilings(shape: Shape, rows: int) -> list[Tiling]:
-    default = default_tiling(shape, rows_class(rows))
-    found = [default]
-    for split in {max(1, default.split // 2), min(8, default.split * 2)} - {default.split}:
-        found.append(default._replace(split=split))
-    found += [default._replace(num_stages=default.num_stages + step) for step in (-1, 2)]
-    if rows <= 32:
-        found.append(Tiling(BLOCK, min(8, default.split * 2), 8 if shape.gated else 4, 3))
-    return found
-
-
-def tell_best(name: str, calls: dict[str, Call], sets: list[dict[str, Any]]) -> None:
-    """The first is the default."""
-    us = {}
-    for tiling, call in calls.items():
-        try:
-            us[tiling] = gpu_us({"it": call}, sets, repeats=3)["it"]
-        except Exception as error:  # more memory or registers than there are
-            print(f"  {name} {tiling}: {type(error).__name__}", flush=True)
-        torch.cuda.empty_cache()
-    best = min(us, key=lambda tiling: us[tiling])
-    print(f"  {name}: default {us[next(iter(calls))]:.1f} us, best {best} {us[best]:.1f} us; "
-          + ", ".join(f"{tiling} {each:.1f}" for tiling, each in us.items()), flush=True)  # fmt: skip
-
-
-def expert_weights(experts: Experts) -> dict[str, torch.Tensor]:
-    """One expert after the other: all in float32 would not fit."""
-    count, _, hidden, width = experts
-    found: dict[str, torch.Tensor] = {}
-    for name, rows, columns in (("gate_up", 2 * width, hidden), ("down", hidden, width)):
-        found[name] = torch.empty(count, rows, columns, dtype=torch.float8_e4m3fn, device="cuda")
-        found[f"{name}_scale"] = torch.empty(count, rows // BLOCK, columns // BLOCK, device="cuda")
-        for expert in range(count):
-            found[name][expert], found[f"{name}_scale"][expert] = random_weight((rows, columns), "cuda")
-    return found
 
 
 def fused_experts(
@@ -202,9 +146,11 @@ def fused_experts(
     return out
 
 
-def expert_rows(experts: Experts, *, points: list[int], timed: bool, tilings: bool) -> Iterator[dict[str, Any]]:
-    made = expert_weights(experts)
-    count, topk, hidden, _ = experts
+def expert_rows(experts: Experts, *, points: list[int], timed: bool) -> Iterator[dict[str, Any]]:
+    count, topk, hidden, width = experts
+    made: dict[str, torch.Tensor] = {}
+    for name, rows, columns in (("gate_up", 2 * width, hidden), ("down", hidden, width)):
+        made[name], made[f"{name}_scale"] = random_experts(count, rows, columns, "cuda")
     for tokens in points:
         sets = [
             {
@@ -220,43 +166,11 @@ def expert_rows(experts: Experts, *, points: list[int], timed: bool, tilings: bo
         want = block_fp8_experts_reference(**wide)[0]
         sides: dict[str, Call] = {"ours": block_fp8_experts, "vllm_triton": fused_experts}
         yield row_of({"op": "block_fp8_experts", "layer": "experts", "rows": tokens}, sides, sets, want, timed)
-        if tilings:
-            tell_best(f"experts {tokens}", experts_tilings(experts, tokens), sets)
-
-
-def experts_tilings(experts: Experts, tokens: int) -> dict[str, Call]:
-    up, down = (of_experts.default_tiling(experts, tokens, gated) for gated in (True, False))
-    pairs = [(up, down)]
-    pairs += [(up._replace(num_stages=stages), down) for stages in (3, 4)]
-    pairs.append((up._replace(num_warps=4, num_stages=3), down))
-    pairs += [(up, down._replace(num_stages=stages)) for stages in (4, 8)]
-    pairs.append((up, of_experts.Tiling(down.rows, BLOCK, 8, 4)))
-
-    def by(tilings: tuple[of_experts.Tiling, of_experts.Tiling]) -> Call:
-        run = bind_block_fp8_experts(experts, torch.bfloat16, False, 0, tilings)
-
-        def call(
-            x: torch.Tensor, gate_up: Any, gate_up_scale: Any, down: Any, down_scale: Any, weights: Any, ids: Any
-        ) -> torch.Tensor:
-            out, held = torch.empty_like(x), []
-
-            def memory(size: int) -> int:
-                held.append(torch.empty(size, dtype=torch.uint8, device=x.device))
-                return int(held[-1].data_ptr())
-
-            tensors = x, gate_up, gate_up_scale, down, down_scale, ids, weights
-            run(*(tensor.data_ptr() for tensor in tensors), 0, out.data_ptr(), x.shape[0], memory)
-            return out
-
-        return call
-
-    return {" ".join(str(tuple(each)) for each in pair): by(pair) for pair in pairs}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="errors alone")
-    parser.add_argument("--tilings", action="store_true", help="time other divisions of the work, too")
     parser.add_argument("--rows", type=lambda text: [int(each) for each in text.split(",")], default=[1, 32, 64])
     parser.add_argument("--layers", type=lambda text: text.split(","), default=[*PROJECTIONS[MODEL], "experts"])
     parser.add_argument("--out", type=pathlib.Path, help="a folder for the record, instead of benchmarks/results/<gpu>")
@@ -267,7 +181,7 @@ def main() -> int:
     torch.manual_seed(0)
     began = time.monotonic()
     rows: list[dict[str, Any]] = []
-    how: dict[str, Any] = {"points": args.rows, "timed": not args.check, "tilings": args.tilings}
+    how: dict[str, Any] = {"points": args.rows, "timed": not args.check}
     with set_current_vllm_config(VllmConfig()):
         differing = same_bits()
         for name, shape in PROJECTIONS[MODEL].items():

@@ -58,6 +58,10 @@ def source() -> str:
     return "the source"
 
 
+def refuses(device: int) -> str:
+    return f"not for GPU {device}"
+
+
 KERNEL = Tunable(
     ops=("made_up",),
     kernel="made_up",

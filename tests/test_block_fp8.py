@@ -21,7 +21,6 @@ from vllm_gems.kernels.block_fp8_linear import (
     BLOCK,
     FLOAT8,
     LARGEST,
-    Shape,
     Tiling,
     bind_block_fp8_linear,
     bind_group_quantise,
@@ -30,6 +29,7 @@ from vllm_gems.kernels.block_fp8_linear import (
     random_weight,
     silu_gated_block_fp8_linear_reference,
 )
+from vllm_gems.kernels.linear import Shape
 from vllm_gems.kernels.moe_routing import grouped_topk_reference
 from vllm_gems.patches import decode_steps, moe_step
 

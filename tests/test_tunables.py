@@ -20,11 +20,17 @@ import torch
 from test_rules import ROOT
 from test_tuning import DEEPSEEK, LLAMA, QWEN2, scope
 
+from tools import ship_tuned
 from vllm_gems import cli, tuned
-from vllm_gems.kernels import indexing, matmul, moe_experts
+from vllm_gems.kernels import block_fp8_experts, block_fp8_linear, head_linear, indexing, matmul, moe_experts
+from vllm_gems.kernels.block_fp8_linear import quantise_reference
+from vllm_gems.kernels.head_linear import HeadShape
 from vllm_gems.kernels.linear import Shape
 from vllm_gems.kernels.moe_experts import Experts
 from vllm_gems.tuning import OPS
+from vllm_gems.tuning.block_fp8_experts import BLOCK_FP8_EXPERTS
+from vllm_gems.tuning.block_fp8_linear import BLOCK_FP8_LINEAR
+from vllm_gems.tuning.head_linear import HEAD_LINEAR
 from vllm_gems.tuning.indexing import INDEX
 from vllm_gems.tuning.linear import LINEAR
 from vllm_gems.tuning.matmul import MATMUL, Product
@@ -48,6 +54,12 @@ TINY_MLA = {
     "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 2, "kv_lora_rank": 32, "q_lora_rank": None,
     "qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 16,
 }  # fmt: skip
+FP8 = {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}}
+TINY_FP8 = {
+    "hidden_size": 256, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "num_local_experts": 4, "num_experts_per_tok": 2, "mlp_only_layers": [0], **FP8,
+}  # fmt: skip
+TINIES = (TINY, TINY_MLA, TINY_FP8)
 
 
 def test_every_op_is_known_and_can_be_chosen() -> None:
@@ -57,8 +69,20 @@ def test_every_op_is_known_and_can_be_chosen() -> None:
         ("linear", ("linear",)), ("matmul", ("mm", "mm_logits")),
     ]  # fmt: skip
     for tunable in tunables():
-        for config in (TINY, TINY_MLA):
+        for config in TINIES:
             assert {job.op for job in tunable.jobs(scope(config))} <= set(tunable.ops)
+
+
+def test_every_kernel_is_tuned_or_the_design_says_what_decides() -> None:
+    section = (ROOT / "docs" / "design.md").read_text().split("## Configurations\n")[1].split("\n## ")[0]
+    sentence, table = section.split("| --- |")
+    for tunable in tunables():
+        assert f"`{tunable.kernel}`" in sentence
+    files = [path for path in (ROOT / "vllm_gems" / "kernels").glob("*.py") if "num_warps=" in path.read_text()]
+    assert len(files) > 15
+    for path in files:
+        is_tuned = path.stem in {tunable.kernel for tunable in tunables()}
+        assert (f"`{path.stem}`" in table.replace("`matmul`'s", "")) != is_tuned, path.stem
 
 
 def test_mixtures_heads_and_vocabularies_of_models() -> None:
@@ -129,6 +153,26 @@ def test_jobs_of_mixtures_and_of_rows_that_are_picked() -> None:
     assert not list(INDEX.jobs(scope({**LLAMA, "hidden_size": 4097})))
 
 
+def test_jobs_of_float8_are_of_models_in_float8() -> None:
+    v2_lite, v3 = PRESETS["deepseek"]
+    for config in (LLAMA, QWEN3_MOE, v2_lite, {**QWEN3_MOE, "quantization_config": None}):
+        assert not [*BLOCK_FP8_LINEAR.jobs(scope(config)), *BLOCK_FP8_EXPERTS.jobs(scope(config))]
+    other_blocks = {"quantization_config": {"quant_method": "fp8", "weight_block_size": [1, 128]}}
+    assert not list(BLOCK_FP8_LINEAR.jobs(scope({**LLAMA, **other_blocks})))
+    # All layers but the gate, which stays in 16 bits.
+    found = {job.about.shape for job in BLOCK_FP8_LINEAR.jobs(scope(v3))}
+    assert found == set(linears(v3, 1)) - {Shape(7168, 256)}
+    assert found == set(block_fp8_linear.PROJECTIONS["deepseek-v3"].values())
+    for config in ({**QWEN3_MOE, **FP8}, {"text_config": QWEN3_MOE, **FP8}, {"text_config": {**QWEN3_MOE, **FP8}}):
+        keys = [job.key for job in BLOCK_FP8_LINEAR.jobs(scope(config, max_reqs=16))]
+        assert keys == ["2048x5120 16", "4096x2048 16"]
+        keys = [job.key for job in BLOCK_FP8_EXPERTS.jobs(scope(config, max_reqs=3))]
+        sizes = "2048x768 gated", "768x2048"
+        assert keys == [f"8 of 128 {each} {tokens}" for tokens in (1, 2, 4) for each in sizes]
+    # On four ranks the down projection of its experts would have one block and a half.
+    assert not list(BLOCK_FP8_EXPERTS.jobs(scope({**QWEN3_MOE, **FP8}, tp=4)))
+
+
 @pytest.mark.parametrize("tunable", tunables(), ids=lambda tunable: tunable.kernel)
 def test_candidates_begin_with_the_default_and_fit(tunable: Tunable) -> None:
     for config in (QWEN2, *PRESETS["deepseek"], QWEN3_MOE):
@@ -143,11 +187,29 @@ def test_candidates_begin_with_the_default_and_fit(tunable: Tunable) -> None:
         for tiling in others:
             assert 2 * tiling.depth * (tiling.rows + tiling.cols) * tiling.num_stages <= 227 * 1024
             assert tiling.rows * tiling.cols <= 128 * 32 * tiling.num_warps
+    for job in HEAD_LINEAR.jobs(scope(DEEPSEEK)):
+        for tiling in HEAD_LINEAR.candidates(job):
+            assert 2 * tiling.depth * (tiling.rows + tiling.cols) * tiling.num_stages <= 227 * 1024
+            assert tiling.rows * tiling.cols <= 32 * 32 * tiling.num_warps
+    for tunable in FLOAT8:
+        for job in tunable.jobs(scope(PRESETS["deepseek"][1])):
+            for tiling in tunable.candidates(job):
+                assert stage_of(job, tiling) * tiling.num_stages <= 227 * 1024
+                assert tiling.cols in ((128,) if tunable is BLOCK_FP8_EXPERTS and job.about.gated else (64, 128))
+
+
+FLOAT8 = BLOCK_FP8_LINEAR, BLOCK_FP8_EXPERTS
+
+
+def stage_of(job: Job, tiling: Any) -> int:
+    """Bytes of one of a kernel in float8."""
+    rows = job.about.rows if isinstance(tiling, block_fp8_linear.Tiling) else tiling.rows
+    return 128 * (rows + (2 if "gated" in job.key else 1) * tiling.cols)
 
 
 def first_of(tunable: Tunable, op: str, **about: Any) -> Job:
     """A job of a tiny model."""
-    jobs = [job for config in (TINY, TINY_MLA) for job in tunable.jobs(scope(config)) if job.op == op]
+    jobs = [job for config in TINIES for job in tunable.jobs(scope(config)) if job.op == op]
     return next(job for job in jobs if all(getattr(job.about, name) == value for name, value in about.items()))
 
 
@@ -163,6 +225,12 @@ TRIED = [
     (MOE_EXPERTS, "moe_experts", {"num_tokens": 1, "gated": True}),
     (MOE_EXPERTS, "moe_experts", {"num_tokens": 8, "gated": False}),
     (MOE_EXPERTS, "moe_experts", {"num_tokens": 64, "gated": True}),
+    (BLOCK_FP8_LINEAR, "block_fp8_linear", {"rows": 16}),
+    (BLOCK_FP8_LINEAR, "silu_gated_block_fp8_linear", {"rows": 32}),
+    (BLOCK_FP8_EXPERTS, "block_fp8_experts", {"num_tokens": 1, "gated": False}),
+    (BLOCK_FP8_EXPERTS, "block_fp8_experts", {"num_tokens": 16, "gated": True}),
+    (HEAD_LINEAR, "head_linear", {"rows": 16}),
+    (HEAD_LINEAR, "head_linear", {"rows": 128, "shape": HeadShape(2, 32, 16, False)}),
 ]
 IDS = [f"{op} {about}" for _, op, about in TRIED]
 
@@ -176,17 +244,20 @@ def test_right_candidates_pass_and_wrong_ones_do_not(
     job = first_of(tunable, op, **about)
     untimed = dataclasses.replace(tunable, us=lambda job, candidate, context: 1.0)
     default, *others = tunable.candidates(job)
-    assert [trial(untimed, job, each, DEVICE) for each in (default, *others[-1:])] == [1.0] * min(2, 1 + len(others))
     module = sys.modules[tunable.error.__module__]
+    monkeypatch.setattr(module, "copies", lambda nbytes: 2, raising=False)  # the first is looked at
+    assert [trial(untimed, job, each, DEVICE) for each in (default, *others[-1:])] == [1.0] * min(2, 1 + len(others))
     call_of = module.call_of  # type: ignore[attr-defined]
 
     def spoiled(*args: Any) -> Any:
         call = call_of(*args)
 
-        def spoil(*args: Any, **kwargs: Any) -> torch.Tensor:
-            out: torch.Tensor = call(*args, **kwargs)
+        def spoil(*args: Any, **kwargs: Any) -> Any:
+            found = call(*args, **kwargs)
+            # Of what is quantised the scales.
+            out: torch.Tensor = found[-1] if isinstance(found, tuple) else found
             out[-1] *= 1.02
-            return out
+            return found
 
         return spoil
 
@@ -205,6 +276,22 @@ def test_one_wrong_row_or_column_is_seen() -> None:
     assert math.isnan(worst([0.0, float("nan"), 1.0]))
     assert worst_error(want.bfloat16(), want) < 2**-8
     assert [copies(nbytes) for nbytes in (0, 1 << 20, 1 << 30)] == [256, 192, 2]
+
+
+def test_what_is_quantised_may_be_as_far_off_as_it_has_to_be() -> None:
+    """Numbers between two that float8 has become either; a row that is wrong is seen beside that."""
+    torch.manual_seed(0)
+    want = torch.randn(300, 256)
+    nearest = quantise_reference(want)
+    assert worst_error(nearest, want) > 2e-2
+    assert worst_error(nearest, want, nearest) == 0.0
+    other = quantise_reference(want * (1 + 1e-4 * torch.randn_like(want)))
+    assert not torch.equal(other, nearest)
+    assert worst_error(other, want, nearest) < 5e-3
+    other[7] *= 1.02
+    assert worst_error(other, want, nearest) > 1.5e-2
+    other[9, 9] = float("nan")
+    assert math.isnan(worst_error(other, want, nearest))
 
 
 @pytest.fixture
@@ -301,6 +388,105 @@ def test_a_mixture_looks_tilings_up_when_it_is_bound(monkeypatch: pytest.MonkeyP
     assert not asked
 
 
+def test_products_of_heads_take_measured_tilings(store: Path) -> None:
+    shape, measured = HeadShape(2, 32, 16, True), head_linear.Tiling(32, 16, 32, 4, 2)
+    jobs = [job for job in HEAD_LINEAR.jobs(scope(TINY_MLA)) if job.about.shape == HeadShape(2, 16, 32, True)]
+    assert [job.key for job in jobs] == [f"bfloat16 2*16x32 nn {rows}" for rows in head_linear.CLASSES]
+    kept(HEAD_LINEAR, "bfloat16 2*32x16 nn 32", measured)
+    for each, rows, dtype, device, is_measured in (
+        (shape, 17, torch.bfloat16, 0, True),
+        (shape, 32, torch.float16, 0, True),
+        (shape, 32, torch.float32, 0, False),
+        (shape, 16, torch.bfloat16, 0, False),
+        (shape._replace(along_out=False), 32, torch.bfloat16, 0, False),
+        (shape, 32, torch.bfloat16, -1, False),
+    ):
+        default = head_linear.default_tiling(each, rows, dtype)
+        assert default != measured
+        assert head_linear.tiling_for(each, rows, dtype, device) == (measured if is_measured else default)
+    assert tuned.states()["head_linear"]["missing"] == ["bfloat16 2*32x16 nn 16", "bfloat16 2*32x16 nt 32"]
+
+
+def test_products_of_heads_look_tilings_up_when_they_are_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    tiling = head_linear.Tiling(32, 16, 32, 4, 1)
+    monkeypatch.setattr(head_linear, "tiling_for", lambda shape, rows, *rest: asked.append(rows) or tiling)
+    x, weight = torch.randn(70, 3, 48, device=DEVICE), torch.randn(3, 48, 24, device=DEVICE)
+    for _ in range(2):  # the second asks no more
+        got = head_linear.head_linear(x, weight)
+        assert asked == list(head_linear.CLASSES)
+    torch.testing.assert_close(got, torch.einsum("rhi,hio->rho", x, weight), rtol=1e-4, atol=1e-4)
+    head_linear.bind_head_linear.cache_clear()
+
+
+def test_layers_in_float8_take_measured_tilings(store: Path) -> None:
+    shape, measured = Shape(256, 384, gated=True), block_fp8_linear.Tiling(128, 2, 8, 3)
+    kept(BLOCK_FP8_LINEAR, block_fp8_linear.key_of(shape, 32), measured)
+    for each, rows, device, expected in (
+        (shape, 32, 0, measured),
+        (shape._replace(bias=True), 32, 0, measured),
+        (shape, 16, 0, block_fp8_linear.default_tiling(shape, 16)),
+        (shape, 32, -1, block_fp8_linear.default_tiling(shape, 32)),
+        (shape._replace(gated=False), 32, 0, block_fp8_linear.default_tiling(shape._replace(gated=False), 32)),
+    ):
+        assert block_fp8_linear.tiling_for(each, rows, device) == expected
+    assert tuned.states()["block_fp8_linear"]["missing"] == ["256x384 32", "256x384 gated 16"]
+    experts, of_experts = Experts(4, 2, 256, 128), block_fp8_experts.Tiling(32, 128, 8, 2)
+    kept(BLOCK_FP8_EXPERTS, block_fp8_experts.key_of(experts, 8, True), of_experts)
+    for tokens, gated, device, is_measured in (
+        (5, True, 0, True),
+        (5, False, 0, False),
+        (9, True, 0, False),
+        (5, True, -1, False),
+    ):
+        default = block_fp8_experts.default_tiling(experts, tokens, gated)
+        assert default != of_experts
+        found = block_fp8_experts.tiling_for(experts, tokens, gated, device)
+        assert found == (of_experts if is_measured else default)
+
+
+def test_layers_in_float8_look_tilings_up_when_they_are_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And give with them what they give without."""
+    asked: list[Any] = []
+    torch.manual_seed(0)
+
+    def measured(module: Any, tiling: Any) -> None:
+        monkeypatch.setattr(module, "tiling_for", lambda *args: asked.append(args[:-1]) or tiling(*args[:-1]))
+
+    linear = block_fp8_linear.BLOCK_FP8_LINEAR
+    inputs = linear.inputs(next(case for case in linear.cases if case.name == "several"), "float32", DEVICE)
+    want = linear.op(**inputs)
+    block_fp8_linear.bind_block_fp8_linear.cache_clear()
+    measured(block_fp8_linear, lambda shape, rows: block_fp8_linear.Tiling(128, 3, 4, 2))
+    assert worst_error(linear.op(**inputs), want) < 1e-3
+    assert [rows for _, rows in asked] == [16, 32, 64]
+    experts = block_fp8_experts.BLOCK_FP8_EXPERTS
+    inputs = experts.inputs(next(case for case in experts.cases if case.name == "listed"), "float32", DEVICE)
+    want = experts.op(**inputs)
+    block_fp8_experts.bind_block_fp8_experts.cache_clear()
+    asked.clear()
+    measured(block_fp8_experts, lambda experts, tokens, gated: block_fp8_experts.Tiling(32, 128, 8, 2))
+    # Where sums are not the same to the last bit, some are quantised to the other number between the products.
+    assert worst_error(experts.op(**inputs), want) < (1e-6 if DEVICE == "cpu" else 5e-2)
+    assert {tokens for _, tokens, _ in asked} == set(range(1, moe_experts.MAX_TOKENS + 1))
+    asked.clear()
+    experts.op(**inputs)
+    assert not asked
+    for bind in (block_fp8_linear.bind_block_fp8_linear, block_fp8_experts.bind_block_fp8_experts):
+        bind.cache_clear()
+
+
+def test_what_is_shipped_are_configurations_of_these_kernels() -> None:
+    every = {tunable.kernel: tunable for tunable in tunables()}
+    paths = [path for path in ship_tuned.SHIPPED.glob("*/*.json") if path.stem in every]
+    assert paths
+    for path in paths:
+        job = next(job for config in TINIES for job in every[path.stem].jobs(scope(config)))
+        fields = every[path.stem].candidates(job)[0]._fields
+        for found in json.loads(path.read_text())["configurations"].values():
+            assert tuple(found) == fields, path
+
+
 def test_what_is_missing_is_remembered_up_to_a_limit(store: Path) -> None:
     for number in range(tuned.MISSING + 10):
         assert tuned.lookup("matmul", 0, f"{number}", "source") is None
@@ -310,12 +496,15 @@ def test_what_is_missing_is_remembered_up_to_a_limit(store: Path) -> None:
 COMPILES = """
 import sys
 sys.path.insert(0, "tests")
-from test_tunables import TRIED, first_of
+from test_tunables import FLOAT8, PRESETS, TRIED, first_of, scope, stage_of
 from vllm_gems.launch import INTERPRETED
 assert not INTERPRETED
-for tunable, op, about in (TRIED[index] for index in (0, 3, 7, 9)):
+for tunable, op, about in (TRIED[index] for index in (0, 3, 7, 9, 15)):
     job = first_of(tunable, op, **about)
     tunable.compile(job, tunable.candidates(job)[0], 90)
+for tunable in FLOAT8:
+    every = [(job, each) for job in tunable.jobs(scope(PRESETS["deepseek"][1])) for each in tunable.candidates(job)]
+    tunable.compile(*max(every, key=lambda pair: stage_of(*pair) * pair[1].num_stages), 90)
 """
 
 
@@ -338,4 +527,9 @@ def test_candidates_of_each_compile_without_a_gpu(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", COMPILES], cwd=ROOT, env=environ, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     compiled = {path.name.split(".")[0] for path in tmp_path.rglob("*.cubin")}
-    assert compiled == {"_linear_kernel", "_matmul_kernel", "_indexed_copy_kernel", "_moe_experts_kernel"}
+    assert compiled == {
+        "_linear_kernel", "_matmul_kernel", "_indexed_copy_kernel", "_moe_experts_kernel", "_block_fp8_linear_kernel",
+        "_block_fp8_experts_kernel", "_head_linear_kernel",
+    }  # fmt: skip
+    shared = [json.loads(path.read_text()).get("shared", 0) for path in tmp_path.rglob("*.json")]
+    assert 200 * 1024 < max(shared) <= 227 * 1024, "the largest of those in float8 can be launched, and is large"

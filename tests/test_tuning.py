@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -404,6 +405,18 @@ def test_a_run_ends_with_the_best_of_what_is_right(
         {"kernel": "made_up", "key": f"job {number}", "known": True} for number in range(2)
     ]
     assert tuned.Table("made_up", "NVIDIA Made-up 1", "the source").configurations == table.configurations
+
+
+def test_a_kernel_that_is_not_for_a_gpu_is_not_measured_there(
+    store: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    patched(monkeypatch)
+    elsewhere = dataclasses.replace(made_up.KERNEL, refuses=made_up.refuses)
+    monkeypatch.setattr(searching, "tunables", lambda: [elsewhere])
+    assert cli.main(["pretune", "--model", a_model(store, 1)]) == cli.OK
+    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    assert lines == ["made_up job 0 skipped: not for GPU 0", "made_up none right skipped: not for GPU 0", "2 jobs"]
+    assert not list(tuned.folder_of("made_up", "NVIDIA Made-up 1").glob("*.json"))
 
 
 KILLED = """

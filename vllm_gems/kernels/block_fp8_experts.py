@@ -16,6 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .. import tuned
 from ..errors import Refused
 from ..launch import Build, Launch, launcher
 from ..nouns import Case, Kernel
@@ -183,11 +184,32 @@ class Tiling(NamedTuple):
 
 
 def default_tiling(experts: Experts, num_tokens: int, gated: bool) -> Tiling:
-    """Not measured: rows for what nearly every expert gets, since weights are read again for more."""
+    """Without a measured one for this GPU: rows for what nearly every expert gets, since weights are read again for
+    more."""
     each = num_tokens * experts.topk / experts.num_experts
     rows = min(32 if gated else 64, max(16, power_of_two(math.ceil(each + 1.5 * each**0.5))))
     cols, num_warps = (BLOCK, 8) if gated else (BLOCK // 2, 4)
     return Tiling(rows, cols, num_warps, _stages(cols, rows, gated))
+
+
+def key_of(experts: Experts, num_tokens: int, gated: bool) -> str:
+    """By which measured tilings are kept, whatever dtype tokens had before they were quantised; tokens by powers of
+    two."""
+    count, topk, hidden, width = experts
+    sizes = f"{hidden}x{width} gated" if gated else f"{width}x{hidden}"
+    return f"{topk} of {count} {sizes} {power_of_two(num_tokens)}"
+
+
+@functools.cache
+def source() -> str:
+    """By which measured tilings are recognised as this kernel's."""
+    return tuned.source_hash(_block_fp8_experts_kernel, _pairs_tile, block_sums, quantised)
+
+
+def tiling_for(experts: Experts, num_tokens: int, gated: bool, device: int) -> Tiling:
+    """The measured tiling for this GPU, else the default."""
+    found = tuned.lookup("block_fp8_experts", device, key_of(experts, num_tokens, gated), source())
+    return Tiling(**found) if found else default_tiling(experts, num_tokens, gated)
 
 
 def _stages(cols: int, rows: int, gated: bool) -> int:
@@ -237,13 +259,7 @@ def _never(experts: Experts, dtype: torch.dtype) -> str | None:
 
 
 @functools.cache
-def bind_block_fp8_experts(
-    experts: Experts,
-    dtype: torch.dtype,
-    shared: bool,
-    device: int,
-    tilings: tuple[Tiling, Tiling] | None = None,
-) -> Callable[..., None]:
+def bind_block_fp8_experts(experts: Experts, dtype: torch.dtype, shared: bool, device: int) -> Callable[..., None]:
     """`block_fp8_experts` with everything settled that a layer knows for ever:
 
     run(x_at, gate_up_at, gate_up_scale_at, down_at, down_scale_at, ids_at, weights_at, shared_at, out_at, num_tokens,
@@ -251,8 +267,8 @@ def bind_block_fp8_experts(
 
     takes addresses of contiguous tensors, all but that of x aligned to 16 bytes (0 for shared without one), and
     launches four or five kernels. memory(nbytes) gives the address of aligned memory for what they leave one another,
-    which the caller keeps until they are done. What they need is compiled now; with `tilings` of both products, which
-    are for those who measure them, at first use. Raises Refused for layers that are not for us.
+    which the caller keeps until they are done. What they need is compiled now. Raises Refused for layers that are not
+    for us.
     """
     if reason := _never(experts, dtype) or device_refuses(device):
         raise Refused(reason)
@@ -269,13 +285,13 @@ def bind_block_fp8_experts(
     @functools.cache
     def products(num_tokens: int) -> tuple[Launch, Launch, int, int]:
         pairs, by_pair = way_of(experts, num_tokens)
-        up, down = tilings or [default_tiling(experts, num_tokens, gated) for gated in (True, False)]
+        up, down = (tiling_for(experts, num_tokens, gated, device) for gated in (True, False))
         return (
             product_for(up, True, pairs, by_pair), product_for(down, False, pairs, by_pair),
             triton.cdiv(intermediate_size, up.cols), triton.cdiv(hidden_size, down.cols),
         )  # fmt: skip
 
-    for num_tokens in range(1, MAX_TOKENS + 1) if tilings is None else ():
+    for num_tokens in range(1, MAX_TOKENS + 1):
         products(num_tokens)
 
     def run(

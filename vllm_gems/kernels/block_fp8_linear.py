@@ -16,12 +16,13 @@ import torch
 import triton
 import triton.language as tl
 
+from .. import tuned
 from ..errors import Refused
 from ..launch import CPU, Build, Launch, allocator, launcher, pointer
 from ..nouns import Case, Kernel
 from ..scratch import counters
 from .common import dtype_of, nbytes, power_of_two, randn, strided
-from .linear import _finish, rows_class
+from .linear import Shape, _finish, rows_class
 
 MAX_ROWS = 512
 BLOCK = 128  # elements of a row, and rows and columns of a weight, to a scale
@@ -186,15 +187,6 @@ def _block_fp8_linear_kernel(
             tl.store(counter_ptr + tile, 0)
 
 
-class Shape(NamedTuple):
-    """What a linear layer knows for ever."""
-
-    in_features: int
-    out_features: int  # of the result; a gated layer's weight has twice as many rows
-    bias: bool = False
-    gated: bool = False
-
-
 class Tiling(NamedTuple):
     """How the work is divided."""
 
@@ -216,13 +208,31 @@ def stages_for(cols: int, rows: int, gated: bool, nbytes: int = _STAGE_BYTES) ->
 
 
 def default_tiling(shape: Shape, rows: int) -> Tiling:
-    """Not measured: tiles as small as the tensor cores take them, and as many programs as keep the memory busy."""
+    """Without a measured one for this GPU: tiles as small as the tensor cores take them, and as many programs as keep
+    the memory busy."""
     cols, split, groups = 64, 1, shape.in_features // BLOCK
     tiles = triton.cdiv(shape.out_features, cols)
     while tiles * split < _ENOUGH and split < 8 and groups // (2 * split) >= 4:
         split *= 2
     warps = 8 if rows == 64 and shape.gated else 4  # two tiles of sums, and a third of a step's, are many registers
     return Tiling(cols, split, warps, stages_for(cols, rows, shape.gated))
+
+
+def key_of(shape: Shape, rows: int) -> str:
+    """By which measured tilings are kept, whatever dtype the rows had before they were quantised."""
+    return f"{shape.in_features}x{shape.out_features}{' gated' if shape.gated else ''} {rows}"
+
+
+@functools.cache
+def source() -> str:
+    """By which measured tilings are recognised as this kernel's."""
+    return tuned.source_hash(_block_fp8_linear_kernel, block_sums, _finish)
+
+
+def tiling_for(shape: Shape, rows: int, device: int) -> Tiling:
+    """The measured tiling for this GPU, else the default."""
+    found = tuned.lookup("block_fp8_linear", device, key_of(shape, rows), source())
+    return Tiling(**found) if found else default_tiling(shape, rows)
 
 
 def quantise_build(in_features: int, dtype: torch.dtype, aligned: bool = True) -> Build:
@@ -314,7 +324,7 @@ def bind_block_fp8_linear(
 
     @functools.cache
     def chosen(rows: int) -> _Chosen:
-        by = tiling or default_tiling(shape, rows)
+        by = tiling or tiling_for(shape, rows, device)
         launch = launcher(build_of(shape, rows, by, dtype), device)
         tiles = triton.cdiv(shape.out_features, by.cols)
         return launch, tiles, by.split, rows * by.cols * (2 if shape.gated else 1)

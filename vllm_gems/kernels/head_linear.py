@@ -14,10 +14,11 @@ import torch
 import triton
 import triton.language as tl
 
+from .. import tuned
 from ..errors import Refused
 from ..launch import Build, Launch, launcher, pointer
 from ..nouns import Case, Kernel
-from .common import dtype_of, nbytes, randn
+from .common import dtype_of, name_of, nbytes, power_of_two, randn
 from .linear import MAX_ROWS, rows_class
 
 
@@ -85,33 +86,63 @@ class HeadShape(NamedTuple):
     along_out: bool  # a weight's elements are contiguous along out_features, else along in_features
 
 
+class Tiling(NamedTuple):
+    """How the work is divided."""
+
+    rows: int
+    cols: int
+    depth: int
+    num_warps: int
+    num_stages: int
+
+
+# Numbers of rows, the most of a class each, by which tilings are chosen.
+CLASSES = (16, 32, 64, 128)
 # Programs that keep the memory of an H100 (132 multiprocessors) or a like GPU busy.
 _ENOUGH = 128
-_MANY_ROWS = 128
 
 
-def _tile_rows(shape: HeadShape, num_rows: int, dtype: torch.dtype, aligned: bool) -> int:
-    """Rows of a tile. Many heads keep a GPU busy with large tiles, too, which read a weight fewer times."""
-    are_many = shape.num_heads * triton.cdiv(shape.out_features, 64) >= 2 * _ENOUGH
-    return _MANY_ROWS if num_rows > 64 and are_many and dtype.itemsize == 2 and aligned else rows_class(num_rows)
+def class_of(num_rows: int) -> int:
+    """The class of so many rows."""
+    return min(CLASSES[-1], max(CLASSES[0], power_of_two(num_rows)))
 
 
-def _tiling(shape: HeadShape, rows: int, dtype: torch.dtype, aligned: bool) -> tuple[int, int, int]:
-    """(columns, depth, stages) of a tile, by reasoning: not measured against others.
+def default_tiling(shape: HeadShape, num_rows: int, dtype: torch.dtype, aligned: bool = True) -> Tiling:
+    """Without a measured one for this GPU, by reasoning.
 
-    16-bit tiles are narrower where there would be few of them. float32 multiplies in registers, and narrow loads take
-    them.
+    Many heads keep a GPU busy with large tiles, too, which read a weight fewer times; 16-bit tiles are narrower where
+    there would be few of them. float32 multiplies in registers, and narrow loads take them.
     """
+    rows = rows_class(num_rows)
     if dtype.itemsize == 4 or not aligned:
-        return 32, 32 if aligned else 16, 1
-    if rows == _MANY_ROWS:
-        return 64, 64, 2
-    return (32 if shape.num_heads * triton.cdiv(shape.out_features, 32) >= _ENOUGH else 16), 64, 3
+        return Tiling(rows, 32, 32 if aligned else 16, 4, 1)
+    if num_rows > 64 and shape.num_heads * triton.cdiv(shape.out_features, 64) >= 2 * _ENOUGH:
+        return Tiling(128, 64, 64, 8, 2)
+    return Tiling(rows, 32 if shape.num_heads * triton.cdiv(shape.out_features, 32) >= _ENOUGH else 16, 64, 4, 3)
 
 
-def _build(shape: HeadShape, rows: int, dtype: torch.dtype, aligned: bool = True) -> Build:
+def key_of(shape: HeadShape, num_rows: int, dtype: torch.dtype) -> str:
+    """By which measured tilings are kept."""
+    heads, inside, outside, along = shape
+    return f"{name_of(dtype)} {heads}*{inside}x{outside} {'nn' if along else 'nt'} {class_of(num_rows)}"
+
+
+@functools.cache
+def source() -> str:
+    """By which measured tilings are recognised as this kernel's."""
+    return tuned.source_hash(_head_linear_kernel)
+
+
+def tiling_for(shape: HeadShape, num_rows: int, dtype: torch.dtype, device: int) -> Tiling:
+    """The measured tiling for this GPU, else the default."""
+    key = key_of(shape, num_rows, dtype)
+    if dtype.itemsize == 2 and (found := tuned.lookup("head_linear", device, key, source())):
+        return Tiling(**found)
+    return default_tiling(shape, num_rows, dtype)
+
+
+def build_of(shape: HeadShape, tiling: Tiling, dtype: torch.dtype, aligned: bool = True) -> Build:
     x = pointer(dtype)
-    cols, depth, num_stages = _tiling(shape, rows, dtype, aligned)
     return Build(
         function=_head_linear_kernel,
         types=(x, x, x, "i32", *("i32/16",) * 4),
@@ -120,13 +151,13 @@ def _build(shape: HeadShape, rows: int, dtype: torch.dtype, aligned: bool = True
             ("IN", shape.in_features),
             ("OUT", shape.out_features),
             ("ALONG_OUT", shape.along_out),
-            ("ROWS", rows),
-            ("COLS", cols),
-            ("DEPTH", depth),
+            ("ROWS", tiling.rows),
+            ("COLS", tiling.cols),
+            ("DEPTH", tiling.depth),
         ),
         aligned=aligned,
-        num_warps=8 if rows == _MANY_ROWS else 4,
-        num_stages=num_stages,
+        num_warps=tiling.num_warps,
+        num_stages=tiling.num_stages,
         maxnreg=128,  # left to itself the assembler spills, to fit more programs
     )
 
@@ -141,25 +172,31 @@ def _never(shape: HeadShape, dtype: torch.dtype) -> str | None:
 
 
 @functools.cache
-def bind_head_linear(shape: HeadShape, dtype: torch.dtype, device: int) -> Callable[..., None]:
+def bind_head_linear(
+    shape: HeadShape, dtype: torch.dtype, device: int, tiling: Tiling | None = None
+) -> Callable[..., None]:
     """`head_linear` with everything settled that a layer knows for ever.
 
     project(x_at, x_stride, x_head_stride, weight_at, weight_head_stride, weight_stride, out_at, num_rows) takes
     addresses, and strides in elements, the last of the dimension of a weight that is not contiguous. It launches, and
-    checks nothing but the alignment. What aligned tensors need is compiled now. Raises Refused for layers that are not
-    for us.
+    checks nothing but the alignment. What aligned tensors need is compiled now; with a `tiling`, which is for those who
+    measure them, at first use. Raises Refused for layers that are not for us.
     """
     if reason := _never(shape, dtype):
         raise Refused(reason)
 
     @functools.cache
-    def launch_for(rows: int, aligned: bool) -> tuple[Launch, int]:
-        """With the number of tiles for one tile of rows."""
-        tiles = shape.num_heads * triton.cdiv(shape.out_features, _tiling(shape, rows, dtype, aligned)[0])
-        return launcher(_build(shape, rows, dtype, aligned), device), tiles
+    def launch_for(most: int, aligned: bool) -> tuple[Launch, int, int]:
+        """For a class, with the rows of a tile and the number of tiles for so many rows."""
+        if not aligned:
+            by = default_tiling(shape, most, dtype, aligned)
+        else:
+            by = tiling or tiling_for(shape, most, dtype, device)
+        tiles = shape.num_heads * triton.cdiv(shape.out_features, by.cols)
+        return launcher(build_of(shape, by, dtype, aligned), device), by.rows, tiles
 
-    for num_rows in (16, 32, 64, 65):
-        launch_for(_tile_rows(shape, num_rows, dtype, True), True)
+    for most in CLASSES if tiling is None else ():
+        launch_for(most, True)
 
     def project(
         x_at: int,
@@ -172,9 +209,7 @@ def bind_head_linear(shape: HeadShape, dtype: torch.dtype, device: int) -> Calla
         num_rows: int,
     ) -> None:
         bits = x_at | x_stride | x_head_stride | weight_at | weight_head_stride | weight_stride | out_at
-        aligned = not bits & 15
-        rows = _tile_rows(shape, num_rows, dtype, aligned)
-        launch, tiles = launch_for(rows, aligned)
+        launch, rows, tiles = launch_for(class_of(num_rows), not bits & 15)
         launch(
             tiles * ((num_rows + rows - 1) // rows), x_at, weight_at, out_at, num_rows, x_stride, x_head_stride,
             weight_head_stride, weight_stride,
@@ -302,7 +337,7 @@ def _builds(case: Case, dtype: str) -> Iterator[Build]:
     shape = HeadShape(case["heads"], case["in"], case["out"], case.get("along_out", True))
     for is_aligned in (True, False):
         kind = dtype_of(dtype)
-        yield _build(shape, _tile_rows(shape, max(case["rows"], 1), kind, is_aligned), kind, is_aligned)
+        yield build_of(shape, default_tiling(shape, max(case["rows"], 1), kind, is_aligned), kind, is_aligned)
 
 
 def _fake(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

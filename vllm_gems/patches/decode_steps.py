@@ -395,7 +395,8 @@ def bind_projection(linear: Any, dtype: Any, device: int, gated: bool = False) -
 def _bind_block_fp8(linear: Any, dtype: Any, device: int, gated: bool) -> Callable[..., None]:
     """As `bind_projection`, for a layer whose weight is in float8 with a scale for each block."""
     from ..errors import Refused
-    from ..kernels.block_fp8_linear import Shape, bind_block_fp8_linear, parts_refuse
+    from ..kernels.block_fp8_linear import bind_block_fp8_linear, parts_refuse
+    from ..kernels.linear import Shape
 
     weight, bias, scale = read_of(linear)
     if reason := parts_refuse(weight, scale, device):

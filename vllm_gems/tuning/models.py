@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+from ..kernels.block_fp8_linear import BLOCK
 from ..kernels.linear import Shape
 from ..kernels.moe_experts import Experts
 
@@ -45,7 +46,8 @@ PRESETS: dict[str, tuple[dict[str, Any], ...]] = {
          "vocab_size": 129280, "moe_intermediate_size": 2048, "n_routed_experts": 256, "num_experts_per_tok": 8,
          "n_shared_experts": 1, "first_k_dense_replace": 3,
          "n_group": 8, "topk_group": 4, "scoring_func": "sigmoid", "norm_topk_prob": True,
-         "routed_scaling_factor": 2.5, "topk_method": "noaux_tc"},
+         "routed_scaling_factor": 2.5, "topk_method": "noaux_tc",
+         "quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}},
     ),
 }  # fmt: skip
 
@@ -103,9 +105,24 @@ def _sizes(function: Callable[..., Result]) -> Callable[[Mapping[str, Any], int]
 # that does not divide one.
 
 
+def in_block_fp8(config: Mapping[str, Any]) -> bool:
+    """Whether weights, but those of gates and vocabularies, are in float8 with a scale for 128 by 128 of them."""
+    text = config.get("text_config") or config
+    found = config.get("quantization_config") or text.get("quantization_config") or {}
+    return found.get("quant_method") == "fp8" and found.get("weight_block_size") == [BLOCK, BLOCK]
+
+
 @_sizes
 def linears(config: Mapping[str, Any], tp: int) -> list[Shape]:
     """The different linear layers of a decode step's decoder layers."""
+    count = _num_experts(config)
+    gate = [Shape(config["hidden_size"], count)] if count else []  # each rank has the whole one
+    return list(dict.fromkeys([*projections(config, tp), *gate]))
+
+
+@_sizes
+def projections(config: Mapping[str, Any], tp: int) -> list[Shape]:
+    """Those without the gate of a mixture, which is never quantised."""
     hidden, heads = config["hidden_size"], config["num_attention_heads"]
     bias = bool(config.get("attention_bias") or config.get("model_type") in ("qwen2", "qwen2_moe"))
     mine = _shared(heads, tp, "num_attention_heads")
@@ -122,8 +139,6 @@ def linears(config: Mapping[str, Any], tp: int) -> list[Shape]:
         size = config.get("head_dim") or hidden // heads
         pairs = _heads_of_keys(config.get("num_key_value_heads") or heads, tp)
         found += [Shape(hidden, (mine + 2 * pairs) * size, bias), Shape(mine * size, hidden)]
-    if experts := _num_experts(config):
-        found.append(Shape(hidden, experts))  # each rank has the whole gate
     for width in _widths(config):
         width = _shared(width, tp, "intermediate_size")
         found += [Shape(hidden, width, gated=True), Shape(width, hidden)]

@@ -43,12 +43,13 @@ class Product(NamedTuple):
         inside, outside = self.experts.hidden_size, self.experts.intermediate_size
         return (inside, outside) if self.gated else (outside, inside)
 
-    def build(self, tiling: Tiling) -> launch.Build:
-        pairs, by_pair = way_of(self.experts, self.num_tokens)
-        return experts_build(self.experts, tiling, dtype_of(self.dtype), self.gated, pairs, by_pair)
+    @property
+    def programs(self) -> int:
+        """For each tile of an expert's columns."""
+        return self.pairs if way_of(self.experts, self.num_tokens)[1] else self.experts.num_experts
 
 
-def jobs(scope: Scope) -> Iterator[Job]:
+def products(scope: Scope) -> Iterator[Product]:
     """Two for each power of two of tokens that decode."""
     experts = mixture(scope.config, scope.tp)
     if experts is None:
@@ -56,8 +57,20 @@ def jobs(scope: Scope) -> Iterator[Job]:
     most = min(scope.most_reqs, MAX_TOKENS)
     for power in range((most - 1).bit_length() + 1):
         for gated in (True, False):
-            about = Product(experts, 1 << power, gated, scope.dtype)
-            yield Job(key_of(experts, 1 << power, gated, dtype_of(scope.dtype)), about, "moe_experts")
+            yield Product(experts, 1 << power, gated, scope.dtype)
+
+
+def jobs(scope: Scope) -> Iterator[Job]:
+    """One for each product."""
+    for about in products(scope):
+        key = key_of(about.experts, about.num_tokens, about.gated, dtype_of(scope.dtype))
+        yield Job(key, about, "moe_experts")
+
+
+def build_of(about: Product, tiling: Tiling) -> launch.Build:
+    return experts_build(
+        about.experts, tiling, dtype_of(about.dtype), about.gated, *way_of(about.experts, about.num_tokens)
+    )
 
 
 def candidates(job: Job) -> Sequence[Tiling]:
@@ -79,7 +92,7 @@ def candidates(job: Job) -> Sequence[Tiling]:
 
 
 def compile_one(job: Job, candidate: Tiling, arch: int) -> None:
-    compile_all([job.about.build(candidate)], arch)
+    compile_all([build_of(job.about, candidate)], arch)
 
 
 class Routed(NamedTuple):
@@ -106,26 +119,33 @@ def prepare(job: Job, device: str) -> Context:
     weight = torch.randn(experts.num_experts, (2 if about.gated else 1) * out, width, device=device, dtype=dtype)
     weight *= width**-0.5
     x = torch.randn(about.num_tokens if about.gated else about.pairs, width, device=device).to(dtype)
-    # Few tokens ask for few experts, whose weights a cache may hold until they are asked for again.
-    used = min(experts.num_experts, about.pairs)
-    routes = [_routed(about, device) for _ in range(min(16, copies(2 * used * weight[0].numel())))]
-    return Context(x, weight, routes, _wanted(about, x, weight, routes[0].ids))
+    routes = routed(about, 2 * weight[0].numel(), device)
+    return Context(x, weight, routes, wanted(about, x, lambda expert: weight[expert].float(), routes[0].ids))
 
 
-def _routed(about: Product, device: str) -> Routed:
-    order = torch.rand(about.num_tokens, about.experts.num_experts, device=device).argsort(dim=1)
-    ids = order[:, : about.experts.topk].to(torch.int32).flatten()
-    counts = torch.bincount(ids, minlength=about.experts.num_experts)
-    starts = torch.cat([counts.new_zeros(1), counts.cumsum(0)]).to(torch.int32)
-    return Routed(ids, ids.argsort(stable=True).to(torch.int32), starts)
+def routed(about: Product, nbytes: int, device: str) -> list[Routed]:
+    """Sets of random ones. An expert has so many bytes: few tokens ask for few experts, whose weights a cache may hold
+    until they are asked for again."""
+    experts = about.experts
+    found = []
+    for _ in range(min(16, copies(nbytes * min(experts.num_experts, about.pairs)))):
+        order = torch.rand(about.num_tokens, experts.num_experts, device=device).argsort(dim=1)
+        ids = order[:, : experts.topk].to(torch.int32).flatten()
+        counts = torch.bincount(ids, minlength=experts.num_experts)
+        starts = torch.cat([counts.new_zeros(1), counts.cumsum(0)]).to(torch.int32)
+        found.append(Routed(ids, ids.argsort(stable=True).to(torch.int32), starts))
+    return found
 
 
-def _wanted(about: Product, x: torch.Tensor, weight: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+def wanted(
+    about: Product, x: torch.Tensor, weight_of: Callable[[int], torch.Tensor], ids: torch.Tensor
+) -> torch.Tensor:
+    """The result in float32, of experts' weights in float32."""
     want = torch.empty(about.pairs, about.sizes[1], device=x.device)
     for expert in ids.unique().tolist():
         (mine,) = (ids == expert).nonzero(as_tuple=True)
         rows = x[mine // about.experts.topk if about.gated else mine].float()
-        found = rows @ weight[expert].float().T
+        found = rows @ weight_of(expert).T
         if about.gated:
             gate, up = found.chunk(2, dim=-1)
             found = torch.nn.functional.silu(gate) * up
@@ -136,11 +156,11 @@ def _wanted(about: Product, x: torch.Tensor, weight: torch.Tensor, ids: torch.Te
 def call_of(about: Product, tiling: Tiling, context: Context) -> Callable[..., torch.Tensor]:
     """call(ids, pairs, starts) with this tiling."""
     device = context.x.get_device()
-    run = launch.launcher(about.build(tiling), device)
+    run = launch.launcher(build_of(about, tiling), device)
     out_features = about.sizes[1]
     empty = launch.allocator(device, dtype_of(about.dtype) if about.gated else torch.float32)
-    looked_for, by_pair = way_of(about.experts, about.num_tokens)
-    grid = (about.pairs if by_pair else about.experts.num_experts) * -(-out_features // tiling.cols)
+    looked_for, _ = way_of(about.experts, about.num_tokens)
+    grid = about.programs * -(-out_features // tiling.cols)
     x_at, weight_at = context.x.data_ptr(), context.weight.data_ptr()
 
     def call(ids: torch.Tensor, pairs: torch.Tensor, starts: torch.Tensor) -> Any:

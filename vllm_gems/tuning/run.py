@@ -25,9 +25,9 @@ def pretune(
     on where it was. A job that has no right candidate does not end it.
 
     Returns {"jobs": [{"kernel", "key"} and one of "candidates" (a dry run), "us" with "of" (candidates) and "default"
-    (its us; None if it is out of the question), "known", "failed" (why)], "lines": [what to print]}. Raises ValueError
-    for a model or an op that is not known, for `tp` that does not divide a layer, without a GPU, and where results
-    cannot be written.
+    (its us; None if it is out of the question), "known", "skipped" (why the kernel is not for this GPU), "failed"
+    (why)], "lines": [what to print]}. Raises ValueError for a model or an op that is not known, for `tp` that does not
+    divide a layer, without a GPU, and where results cannot be written.
     """
     for name, value in (("--tp", tp), ("--max-tokens", max_tokens), ("--max-reqs", max_reqs)):
         if value < 1:
@@ -62,6 +62,8 @@ def pretune(
 def _measured(tunable: Tunable, every: list[Job], gpu: str, arch: int, worker: Worker) -> list[dict[str, Any]]:
     from tqdm import tqdm  # type: ignore[import-untyped]
 
+    if tunable.refuses is not None and (reason := worker.run(tunable.refuses, 0)):
+        return [{"kernel": tunable.kernel, "key": job.key, "skipped": reason} for job in every]
     trials = {job: tunable.candidates(job) for job in pending(tunable, gpu, every)}
     work = [(job, candidate) for job, candidates in trials.items() for candidate in candidates]
     rows = [{"kernel": tunable.kernel, "key": job.key, "known": True} for job in every if job not in trials]
@@ -125,4 +127,6 @@ def _outcome(row: dict[str, Any]) -> str:
         return f"{row['us']:9.1f} us, the best of {row['of']}{gain}"
     if "failed" in row:
         return f"failed: {row['failed']}"
+    if "skipped" in row:
+        return f"skipped: {row['skipped']}"
     return "measured before" if "known" in row else f"{row['candidates']} candidates"

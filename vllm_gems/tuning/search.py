@@ -65,6 +65,8 @@ class Tunable:
     # (keys and the times of their candidates) -> configurations for what was not measured itself; None if that takes
     # the kernel's default
     general: Callable[[Mapping[str, Mapping[Any, float]]], Mapping[str, Any]] | None = None
+    # (index of a GPU) -> why the kernel does nothing there, None if it does; None where it is for all
+    refuses: Callable[[int], str | None] | None = None
 
 
 class Outcome(NamedTuple):
@@ -227,12 +229,15 @@ def compiled(
 
 def tunables() -> list[Tunable]:
     """All there are."""
+    from .block_fp8_experts import BLOCK_FP8_EXPERTS
+    from .block_fp8_linear import BLOCK_FP8_LINEAR
+    from .head_linear import HEAD_LINEAR
     from .indexing import INDEX
     from .linear import LINEAR
     from .matmul import MATMUL
     from .moe_experts import MOE_EXPERTS
 
-    return [LINEAR, MATMUL, INDEX, MOE_EXPERTS]
+    return [LINEAR, MATMUL, INDEX, MOE_EXPERTS, BLOCK_FP8_LINEAR, BLOCK_FP8_EXPERTS, HEAD_LINEAR]
 
 
 def chosen(ops: str | None) -> list[Tunable]:

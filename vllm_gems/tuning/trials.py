@@ -27,14 +27,19 @@ def copies(nbytes: int) -> int:
     return min(256, max(2, -(-(192 << 20) // max(nbytes, 1))))
 
 
-def worst_error(got: torch.Tensor, want: torch.Tensor) -> float:
+def worst_error(got: torch.Tensor, want: torch.Tensor, nearest: torch.Tensor | None = None) -> float:
     """The largest relative distance of a row or a column of matrices, in its norm.
 
     A wrong row among thousands is nothing in the norm of the whole. What a column of few elements is relative to may be
-    close to zero, so these are not looked at by themselves.
+    close to zero, so these are not looked at by themselves. Of results that are quantised it is how much further off
+    they are than the nearest that there are, which takes more elements: one that lies between two can be either.
     """
+    fewest = 8 if nearest is None else 128
     distance, size = (got.float() - want.float()).square(), want.float().square()
-    errors = [(distance.sum(dim) / size.sum(dim)).flatten() for dim in (-1, -2) if want.shape[dim] >= 8]
+    if nearest is not None:
+        distance = distance - (nearest - want).square()
+    dims = [dim for dim in (-1, -2) if want.shape[dim] >= fewest]
+    errors = [(distance.sum(dim).clamp(min=0) / size.sum(dim)).flatten() for dim in dims]
     return float(torch.cat(errors).max().sqrt())  # NaN in any is NaN here
 
 
