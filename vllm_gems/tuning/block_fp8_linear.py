@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import statistics
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -28,7 +27,7 @@ from ..kernels.common import dtype_of, randn
 from .linear import CLASSES, Product
 from .models import in_block_fp8, projections
 from .search import Job, Scope, Tunable
-from .trials import SHARED_MEMORY, TOLERANCE, compile_all, copies, us_of, worst, worst_error
+from .trials import SHARED_MEMORY, TOLERANCE, Context, compile_all, copies, worst_error
 
 REGISTERS = 168  # of a thread, as the kernel is built
 
@@ -94,13 +93,6 @@ def compile_one(job: Job, candidate: Tiling, arch: int) -> None:
     compile_all([build_of(shape, rows, candidate, dtype)], arch)
 
 
-class Context(NamedTuple):
-    """What the trials of a job share, for each of its numbers of rows."""
-
-    sets: list[list[dict[str, Any]]]  # the first of each is verified
-    wants: list[torch.Tensor]  # float32
-
-
 def prepare(job: Job, device: str) -> Context:
     shape, rows, dtype = job.about
     name = str(dtype).removeprefix("torch.")
@@ -132,26 +124,20 @@ def call_of(job: Job, tiling: Tiling, device: int) -> Callable[..., Any]:
         rows = x.shape[0]
         out = empty(rows, shape.out_features)
         bias_at = 0 if bias is None else bias.data_ptr()
-        project(
-            x.data_ptr(), shape.in_features, weight.data_ptr(), scale.data_ptr(), bias_at, out.data_ptr(), rows
-        )  # fmt: skip
+        project(x.data_ptr(), shape.in_features, weight.data_ptr(), scale.data_ptr(), bias_at, out.data_ptr(), rows)
         return out
 
     return call
 
 
 def error(job: Job, candidate: Tiling, context: Context) -> float:
-    """The worst of those of all numbers of rows."""
-    call = call_of(job, candidate, context.wants[0].get_device())
-    return worst(
-        worst_error(call(**first), want) for (first, *_), want in zip(context.sets, context.wants, strict=True)
-    )
+    call = call_of(job, candidate, context.device)
+    return context.error(lambda first, want: worst_error(call(**first), want))
 
 
 def us(job: Job, candidate: Tiling, context: Context) -> float:
     """Quantising the rows included."""
-    call = call_of(job, candidate, context.wants[0].get_device())
-    return statistics.geometric_mean(us_of(call, sets) for sets in context.sets)
+    return context.us(call_of(job, candidate, context.device))
 
 
 BLOCK_FP8_LINEAR = Tunable(

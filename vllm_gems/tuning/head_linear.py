@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import statistics
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -24,7 +23,7 @@ from ..kernels.head_linear import (
 from .linear import CLASSES as FEW
 from .models import absorbed
 from .search import Job, Scope, Tunable
-from .trials import SHARED_MEMORY, TOLERANCE, compile_all, copies, us_of, worst, worst_error
+from .trials import SHARED_MEMORY, TOLERANCE, Context, compile_all, copies, worst_error
 
 # Rows at which each class of them is tuned.
 CLASSES = {**FEW, 128: (128,)}
@@ -77,13 +76,6 @@ def compile_one(job: Job, candidate: Tiling, arch: int) -> None:
     compile_all([build_of(job.about.shape, candidate, dtype_of(job.about.dtype))], arch)
 
 
-class Context(NamedTuple):
-    """What the trials of a job share, for each of its numbers of rows."""
-
-    sets: list[list[dict[str, torch.Tensor]]]  # the first of each is verified
-    wants: list[torch.Tensor]  # [heads, rows, out] float32
-
-
 def prepare(job: Job, device: str) -> Context:
     (heads, inner, outside, along_out), most, dtype = job.about
     lies = (heads, inner, outside) if along_out else (heads, outside, inner)
@@ -107,28 +99,24 @@ def call_of(job: Job, tiling: Tiling, device: int) -> Callable[..., Any]:
     def call(x: torch.Tensor, weight: torch.Tensor) -> Any:
         rows = x.shape[0]
         out = empty(rows * heads, outside)
-        project(
-            x.data_ptr(), heads * inner, inner, weight.data_ptr(), inner * outside, step, out.data_ptr(), rows
-        )  # fmt: skip
+        project(x.data_ptr(), heads * inner, inner, weight.data_ptr(), inner * outside, step, out.data_ptr(), rows)
         return out
 
     return call
 
 
 def error(job: Job, candidate: Tiling, context: Context) -> float:
-    """The worst of those of all numbers of rows."""
-    call = call_of(job, candidate, context.wants[0].get_device())
+    call = call_of(job, candidate, context.device)
 
     def of(inputs: dict[str, torch.Tensor], want: torch.Tensor) -> float:
         heads, rows, outside = want.shape
         return worst_error(call(**inputs).view(rows, heads, outside).transpose(0, 1), want)
 
-    return worst(of(first, want) for (first, *_), want in zip(context.sets, context.wants, strict=True))
+    return context.error(of)
 
 
 def us(job: Job, candidate: Tiling, context: Context) -> float:
-    call = call_of(job, candidate, context.wants[0].get_device())
-    return statistics.geometric_mean(us_of(call, sets) for sets in context.sets)
+    return context.us(call_of(job, candidate, context.device))
 
 
 HEAD_LINEAR = Tunable(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -55,3 +56,21 @@ def us_of(call: Callable[..., Any], sets: list[dict[str, Any]]) -> float:
     found = gpu_us({"it": call}, sets, repeats=3)["it"]
     torch.cuda.empty_cache()  # each graph has memory of its own, which no other is given before that
     return found
+
+
+class Context(NamedTuple):
+    """What the trials of a job share, for each of its numbers of rows."""
+
+    sets: list[list[dict[str, Any]]]  # of a call's arguments; the first of each is verified
+    wants: list[torch.Tensor]  # float32
+
+    @property
+    def device(self) -> int:
+        return self.wants[0].get_device()
+
+    def error(self, of: Callable[[dict[str, Any], torch.Tensor], float]) -> float:
+        """The worst of those of all numbers of rows."""
+        return worst(of(first, want) for (first, *_), want in zip(self.sets, self.wants, strict=True))
+
+    def us(self, call: Callable[..., Any]) -> float:
+        return statistics.geometric_mean(us_of(call, sets) for sets in self.sets)
