@@ -19,7 +19,6 @@ from torch.autograd import forward_ad
 
 from . import ops
 from .aten.overloads import (
-    MISSED,
     TENSORS,
     Attempts,
     Overload,
@@ -176,32 +175,23 @@ def _written_out(
     op: does it where there is more than plain tensors. retried: exceptions of an attempt that are forgotten. rest: what
     attempts take after the function's arguments.
     """
+    counted = "pass" if calls is None else f"g_calls[{name!r}] += 1"
     text = f"""
 def {name}({signature.heads}):
     if g_is_traced() or g_modes():  # Dynamo does not look further than the first
         return g_op({signature.given})
-    if g_forward_ad._current_level < 0:
-        try:
-            for g_attempt in g_attempts({attempts.first(signature.names)}.shape, ()):
-                g_result = g_attempt({", ".join([*signature.names, *rest])})
-                if g_result is not g_missed:
-                    {"pass" if calls is None else f"g_calls[{name!r}] += 1"}
-                    return g_result
-        except g_retried:
-            pass
+    {attempts.text(signature.names, rest, "g_forward_ad._current_level < 0", counted)}
     return g_direct({signature.given})
 """
     found: dict[str, Any] = {
         **signature.defaults,
         **rest,
+        **attempts.names_of_text(retried),
         "g_is_traced": torch.compiler.is_dynamo_compiling,
         "g_modes": torch._C._len_torch_dispatch_stack,  # guards do not see that of fake tensors
         "g_op": op,
-        "g_attempts": attempts.find,
-        "g_missed": MISSED,
         "g_forward_ad": forward_ad,  # guards do not see tangents either
         "g_direct": direct,
-        "g_retried": retried,
         "g_calls": calls,
     }
     exec(text, found)

@@ -265,6 +265,28 @@ class Attempts:
             return ""
         return names[self._first] + ("" if self._kinds[self._first] == "Tensor" else "[0]")
 
+    def text(self, names: Sequence[str], rest: Iterable[str], condition: str, counted: str) -> str:
+        """The body of a function with arguments of these names, as Python: it returns what an attempt gives, and goes
+        on where there is none. Its names are those of `names_of_text`.
+
+        rest: what attempts take after the arguments. counted: a statement for each call that one has done.
+        """
+        return f"""
+    if {condition}:
+        try:
+            for g_attempt in g_attempts({self.first(names)}.shape, ()):
+                g_result = g_attempt({", ".join([*names, *rest])})
+                if g_result is not g_missed:
+                    {counted}
+                    return g_result
+        except g_retried:
+            pass
+"""
+
+    def names_of_text(self, retried: Any) -> dict[str, Any]:
+        """retried: exceptions of an attempt that are forgotten."""
+        return {"g_attempts": self.find, "g_missed": MISSED, "g_retried": retried}
+
     def add(self, args: tuple[Any, ...], plan: Plan) -> None:
         """A call that `plan` has done, and that no attempt did."""
         self._added += 1

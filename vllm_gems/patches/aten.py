@@ -19,7 +19,7 @@ from ..aten.arange import Arange
 from ..aten.convolution import Convolution
 from ..aten.elementwise import Elementwise
 from ..aten.indexing import INDEXING
-from ..aten.overloads import MISSED, Overload, Row, arguments_of, is_replaceable, name_of, overloads_of, signature_of
+from ..aten.overloads import Overload, Row, arguments_of, is_replaceable, name_of, overloads_of, signature_of
 from ..aten.products import Product
 from ..aten.reductions import Reduce
 from ..aten.sorting import Sort
@@ -200,25 +200,15 @@ def _written_out(call: Overload, site: Site, slowly: Callable[..., Any]) -> Call
     """The kernel of an overload with the schema's arguments: an attempt that does calls which look like this one, else
     what makes one. What an attempt raises, `slowly` raises once more, and says so."""
     signature = signature_of(arguments_of(call.op._schema))
-    first = call.attempts.first(signature.names)
-    if not first or any(map(iskeyword, signature.names)):
+    if not call.attempts.first(signature.names) or any(map(iskeyword, signature.names)):
         return slowly
     text = f"""
 def kernel(g_keyset, {signature.heads}):
-    if not g_site.failure:
-        try:
-            for g_attempt in g_attempts({first}.shape, ()):
-                g_result = g_attempt({", ".join(signature.names)})
-                if g_result is not g_missed:
-                    g_site.hits += 1
-                    return g_result
-        except Exception:
-            pass
+    {call.attempts.text(signature.names, (), "not g_site.failure", "g_site.hits += 1")}
     return g_slowly(g_keyset, {signature.given})
 """
-    found = {
-        **signature.defaults, "g_site": site, "g_attempts": call.attempts.find, "g_missed": MISSED, "g_slowly": slowly
-    }  # fmt: skip
+    names = call.attempts.names_of_text(Exception)
+    found = {**signature.defaults, **names, "g_site": site, "g_slowly": slowly}
     exec(text, found)
     kernel: Callable[..., Any] = found["kernel"]
     return kernel
