@@ -216,7 +216,7 @@ def measure_all(args: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[st
     settings = serve.Side("budget", "eager", True, attention=args.attention)
     os.environ.update(serve.environment(settings))
     with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "config.json").write_text(json.dumps(model.config))
+        serve.write_config(Path(folder), model.config)
         spec = {
             "model": folder, "vocabulary": model.config["vocab_size"], "batches": args.batches, "steps": STEPS,
             "prefill": [], "kv_cache_bytes": 8 << 30, "side": dataclasses.asdict(settings), "contexts": [serve.PROMPT],

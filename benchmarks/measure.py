@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import importlib.metadata
 import json
+import os
 import pathlib
 import subprocess
 import sys
@@ -65,6 +66,11 @@ def told(words: Sequence[str]) -> str:
         if before not in _WHERE and word.partition("=")[0] not in _WHERE
     ]
     return " ".join(kept)
+
+
+def switches() -> dict[str, str]:
+    """The plugin's variables as they are set, for a record."""
+    return {name: value for name, value in os.environ.items() if name.startswith("VLLM_GEMS")}
 
 
 def record(name: str, rows: list[dict[str, Any]], *, folder: pathlib.Path | None = None, **more: Any) -> pathlib.Path:

@@ -744,7 +744,8 @@ def groups_of(needs: Sequence[int], room: int) -> list[list[int]]:
     return found
 
 
-def _written(folder: Path, config: dict[str, Any]) -> str:
+def write_config(folder: Path, config: dict[str, Any]) -> str:
+    """A model of which there is nothing but its configuration; the folder's name."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config))
     return str(folder)
@@ -752,11 +753,11 @@ def _written(folder: Path, config: dict[str, Any]) -> str:
 
 def run_all(args: argparse.Namespace, model: Model, out: Path) -> dict[str, dict[str, Any]]:
     """Results by process: first those that only decode for comparison, side by side, then those that are timed."""
-    folder = _written(out / "model", model.config)
+    folder = write_config(out / "model", model.config)
     # vLLM has no float32 run of weights in float8, but of what they stand for.
     float8 = "quantization_config" in model.config
     wide = {key: value for key, value in model.config.items() if key != "quantization_config"}
-    reference = {"model": _written(out / "reference", wide), "float8": float8}
+    reference = {"model": write_config(out / "reference", wide), "float8": float8}
     verify_at = [*(str(batch) for batch in COMPARED if batch <= max(args.batches)), "long", "mixed"]
     if not args.logits:
         verify_at = []
@@ -977,7 +978,7 @@ def main() -> int:
         "logits": accuracy,
         "problems": problems,
         "report": {mode: report_of(results, mode) for mode in args.modes},
-        "environment": {name: value for name, value in os.environ.items() if name.startswith("VLLM_GEMS")},
+        "environment": measure.switches(),
     }  # fmt: skip
     if args.record:
         path = measure.record(args.record, rows, commit=args.commit, **more)

@@ -105,8 +105,7 @@ def write_model(folder: Path, model: Model) -> None:
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps(model.config))
+    serve.write_config(folder, model.config)
     words = Tokenizer(models.WordLevel({f"w{token}": token for token in range(model.config["vocab_size"])}, "w0"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(tokenizer_of(folder))
@@ -403,7 +402,7 @@ def main() -> int:
         },
         "servers": found,
         "problems": problems,
-        "environment": {name: value for name, value in os.environ.items() if name.startswith("VLLM_GEMS")},
+        "environment": measure.switches(),
     }  # fmt: skip
     if args.record:
         print(f"recorded {measure.record(args.record, rows, commit=args.commit, **more)}")

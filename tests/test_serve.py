@@ -12,6 +12,7 @@ import torch
 from benchmarks import serve
 from benchmarks.models import MODELS
 from vllm_gems.catalog import catalog
+from vllm_gems.kernels.block_fp8_linear import dequantised
 
 GB = 1e9
 
@@ -119,9 +120,7 @@ def in_float8(layer: Any, name: str) -> None:
 
 
 def widened(layer: Any) -> torch.Tensor:
-    scale, (rows, columns) = layer.weight_scale_inv, layer.weight.shape[-2:]
-    whole = scale.repeat_interleave(128, -2)[..., :rows, :].repeat_interleave(128, -1)[..., :columns]
-    return layer.weight.float() * whole
+    return dequantised(layer.weight, layer.weight_scale_inv)
 
 
 def test_weights_in_float8_are_as_large_as_those_in_bfloat16() -> None:
