@@ -52,11 +52,16 @@ def main() -> None:
     def unheard(*settled: Any) -> Any:
         raise RuntimeError("boom")
 
+    def interrupted(*settled: Any) -> Any:
+        raise KeyboardInterrupt
+
     told: dict[str, Any] = {}
     told["others"] = run(config, max_tokens=1, patches="activation.*, layernorm.*, rotary.mrope")
     for name, made_up in (("wrong", wrong), ("raises", unheard)):
         with mock.patch.object(activation, "bind_activation", made_up):
             told[name] = run(config, max_tokens=1, patches="*.silu_and_mul")
+    with mock.patch.object(activation, "bind_activation", interrupted):
+        told["stopped"] = run(config, max_tokens=1, patches="layernorm.rms_norm,*.silu_and_mul")
     told["all"] = run(config, max_tokens=2)
 
     # What was measured decides for a layer of vLLM's. A CPU has no results otherwise.

@@ -136,6 +136,14 @@ def test_a_wrong_kernel_is_not_measured(here: dict[str, Any]) -> None:
 
 
 @needs_vllm
+def test_an_interrupt_ends_it_with_what_it_has(here: dict[str, Any]) -> None:
+    *measured, last = here["stopped"]
+    assert {table["patch"] for table in measured} == {"layernorm.rms_norm"}
+    assert all("times" in table for table in measured)
+    assert (last["patch"], last["failed"]) == ("activation.silu_and_mul", "stopped")
+
+
+@needs_vllm
 def test_what_was_measured_decides_and_is_told(here: dict[str, Any]) -> None:
     told = here["here"]
     assert told["hits"] == 2

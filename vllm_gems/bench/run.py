@@ -218,7 +218,8 @@ def bench(
     timer: Timer = Timer(),  # noqa: B008
     tell: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
-    """Measure what `plan` says, and keep each result at once. What is wrong or cannot be measured does not end the run.
+    """Measure what `plan` says, and keep each result at once. What is wrong or cannot be measured does not end the run;
+    an interrupt does, and what was measured before it stays.
 
     Returns {"gpu", "tables": [{"patch", "key", "tokens"} and, but in a dry run, "source" and "times" (number of tokens
     -> `faster.Times`) or "failed" (why)]}; `tell` gets a line on each when it is there. Raises ValueError for what
@@ -246,12 +247,15 @@ def bench(
         for task in tasks:
             define([task.kernel])
             row: dict[str, Any] = {"patch": task.patch.name, "key": task.key, "tokens": list(task.tokens)}
+            stopped = False
             try:
                 place, times = _place(task.patch), {}
                 for tokens in task.tokens:
                     times[str(tokens)] = measure(task, place, tokens, timer, device)
                     if device == "cuda" and torch.cuda.memory_reserved() > _MOST_MEMORY:
                         torch.cuda.empty_cache()  # each graph has memory of its own, which no other is given before
+            except KeyboardInterrupt:
+                row["failed"], stopped = "stopped", True
             except Exception as error:
                 row["failed"] = f"{type(error).__name__}: {error}"
             else:
@@ -262,7 +266,9 @@ def bench(
                 })  # fmt: skip
             rows.append(row)
             tell(_line(row))
-    tell(f"{len(rows)} tables, {sum('failed' in row for row in rows)} without a result")
+            if stopped:
+                break
+    tell(f"{len(rows)} of {len(tasks)} tables, {sum('failed' in row for row in rows)} without a result")
     return {"gpu": gpu, "tables": rows}
 
 
