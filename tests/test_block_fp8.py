@@ -329,17 +329,9 @@ def reasons(linear: Any) -> Iterator[str]:
     return (reason for reason in decode_steps.linear_refuses("o_proj", linear, "row") if reason)
 
 
-def test_layers_in_float8_are_off_until_they_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_layers_in_float8_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decode_steps, "part_refuses", lambda *_: None)
-    for include in ("", "default"):
-        monkeypatch.setenv("VLLM_GEMS_INCLUDE", include)
-        (reason,) = reasons(linear_of())
-        assert "VLLM_GEMS_INCLUDE=default,decoder.block_fp8 takes it" in reason
-    for include in ("default,decoder.block_fp8", "default,decoder.*"):
-        monkeypatch.setenv("VLLM_GEMS_INCLUDE", include)
-        assert not list(reasons(linear_of()))
-    monkeypatch.setenv("VLLM_GEMS_EXCLUDE", "decoder.block_fp8")
-    assert list(reasons(linear_of()))
+    assert not list(reasons(linear_of()))
 
 
 @pytest.mark.parametrize(
@@ -355,7 +347,6 @@ def test_other_quantisation_is_left_to_vllm(
     monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], words: str
 ) -> None:
     monkeypatch.setattr(decode_steps, "part_refuses", lambda *_: None)
-    monkeypatch.setenv("VLLM_GEMS_INCLUDE", "decoder.*")
     (reason,) = reasons(linear_of(**changes))
     assert re.search(words, reason)
 
@@ -367,7 +358,6 @@ def test_other_quantisation_is_left_to_vllm(
         ({"weight_block_size": [64, 64]}, r"blocks of \[64, 64\]"),
         ({"fp8_backend": SimpleNamespace(name="DEEPGEMM")}, "not Triton's"),
         ({"powers_of_two": True}, "powers of two"),
-        ({"include": "default"}, "VLLM_GEMS_INCLUDE=default,decoder.block_fp8 takes it"),
     ],
 )
 def test_experts_in_float8_are_taken_and_others_left(
@@ -375,8 +365,7 @@ def test_experts_in_float8_are_taken_and_others_left(
 ) -> None:
     for module in (decode_steps, moe_step):
         monkeypatch.setattr(module, "part_refuses", lambda *_: None)
-    include, powers_of_two = changes.get("include", "decoder.*"), changes.get("powers_of_two", False)
-    monkeypatch.setenv("VLLM_GEMS_INCLUDE", include)
+    powers_of_two = changes.get("powers_of_two", False)
     deep_gemm = SimpleNamespace(is_deep_gemm_e8m0_used=lambda: powers_of_two)
     monkeypatch.setitem(sys.modules, "vllm.utils.deep_gemm", deep_gemm)
     attributes = {"weight_block_size": [128, 128], "fp8_backend": SimpleNamespace(name="TRITON"), **changes}

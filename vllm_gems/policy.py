@@ -103,15 +103,6 @@ class Policy:
         return f"{int(self.enabled)};{','.join(self.include)};{','.join(self.exclude)}"
 
 
-# What whole layers with weights in block-wise float8 are included by: no patch, but a condition of those of layers.
-BLOCK_FP8 = "decoder.block_fp8"
-
-
-def wants_block_fp8() -> bool:
-    """Whether patches of whole layers take weights in block-wise float8, too: not until that is measured, or named."""
-    return Policy.from_env().refuses(BLOCK_FP8, default=False) is None
-
-
 def tuned_folder() -> str:
     """Where a user's measured configurations are: VLLM_GEMS_TUNED, or in the platform's cache folder."""
     cache = os.environ.get("XDG_CACHE_HOME", "").strip() or os.path.join(os.path.expanduser("~"), ".cache")

@@ -12,7 +12,6 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
-from ..policy import BLOCK_FP8, wants_block_fp8
 from ..seams import PARTS
 
 # The most requests of a decode step; beyond them the GPU, not the host, sets the pace.
@@ -234,8 +233,6 @@ _BLOCK_SHAPE = [128, 128]
 
 def block_fp8_refuses(name: str, method: Any) -> Iterator[str | None]:
     """What linear layers and experts with weights in float8 have in common."""
-    if not wants_block_fp8():
-        yield f"{name} in float8, which is not measured yet; VLLM_GEMS_INCLUDE=default,{BLOCK_FP8} takes it"
     yield part_refuses(type(method), f"float8 method of {type(method).__name__}", "apply")
     if list(method.weight_block_size or ()) != _BLOCK_SHAPE:
         yield f"{name} in float8 with blocks of {method.weight_block_size}"
