@@ -234,6 +234,15 @@ def test_a_record_is_shipped_and_decides(tmp_path: pathlib.Path, monkeypatch: py
     assert tables.patches(record).splitlines()[2].split(" | ")[1:] == [
         "1", "4", "0.65", "1.41", "1", "0.66", "1.50", "1 |",
     ]  # fmt: skip
-    (folder / "patches.json").write_text(json.dumps({**record, "rows": [*rows, {**rows[0], "source": "another"}]}))
+    # A shape that was measured again, with another kernel; then another shape, which was not.
+    again = {**record, "modules": tuned.versions(), "rows": [{**rows[0], "source": "another"}]}
+    (folder / "patches_again.json").write_text(json.dumps(again))
+    assert {key: json.loads(tables.decisions("made")["op.silu_and_mul"])[key] for key in ("source", "versions")} == {
+        "source": "another", "versions": tuned.versions(),
+    }  # fmt: skip
+    twice = {**record, "rows": [*again["rows"], *rows]}
+    assert tables.patches(twice) == tables.patches(record)
+    rows.append({**rows[0], "case": {**rows[0]["case"], "key": "bfloat16 silu_and_mul 96"}})
+    (folder / "patches.json").write_text(json.dumps(record | {"rows": rows}))
     with pytest.raises(ValueError, match="several kernels"):
         tables.decisions("made")

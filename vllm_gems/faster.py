@@ -3,7 +3,8 @@
 A patch's measurements are kept as kernels' configurations are (`tuned`), under the patch's name, by the key
 "<dtype> <kernel> <shape>"; each gives the `Times` at some numbers of tokens, powers of two. A call counts as one of the
 least number that is not smaller than its own. Where ours took more than `MARGIN` of the original's time the original
-runs, and the report counts it with the reason; where nothing was measured ours does, and the report names the key.
+runs, and the report counts it with the reason. Where nothing was measured ours does, up to a number of tokens that some
+patches set, and the report names the key.
 
 In eager mode the time is the host's and the GPU's together; in a CUDA graph that is being captured the GPU's alone.
 What Dynamo traces serves all numbers of tokens, and is left as it is.
@@ -127,17 +128,21 @@ def undecided() -> Iterator[set[str]]:
 
 
 def where_faster(
-    patch: str, key: str, device: int, call: Callable[..., Any], tokens_of: Callable[..., int]
+    patch: str, key: str, device: int, call: Callable[..., Any], tokens_of: Callable[..., int], most: int | None = None
 ) -> Callable[..., Any]:
     """`call`, settled by a kernel's file, which raises Slower at numbers of tokens where the original is faster.
 
-    It is `call` itself where that is nowhere. key: by `key_of`. tokens_of takes what `call` does.
+    It is `call` itself where that is nowhere. key: by `key_of`. tokens_of takes what `call` does. most: tokens that are
+    ours to do where nothing was measured, of a kernel that was found slower from some number on elsewhere.
     """
     measured = None
     if _asked is not None:
         _asked.add(key)
+        most = None
     else:
         measured = tuned.lookup(patch, device, key, source(call.__module__))
+    if not measured and most is not None:
+        return _at_most(most, call, tokens_of)
     known = reasons(measured) if measured else ()
     if not known:
         return call
@@ -147,6 +152,17 @@ def where_faster(
         return call(*args, **named)
 
     return checked
+
+
+def _at_most(most: int, call: Callable[..., Any], tokens_of: Callable[..., int]) -> Callable[..., Any]:
+    reason = f"not measured on this GPU, and slower on another from some number on: more than {most} tokens"
+
+    def limited(*args: Any, **named: Any) -> Any:
+        if tokens_of(*args, **named) > most:
+            raise Slower(reason)
+        return call(*args, **named)
+
+    return limited
 
 
 def check(known: Reasons, tokens: int) -> None:

@@ -53,6 +53,5 @@ PATCHES = (
         ("grouped_topk",),
         _grouped_topk,
         "one direct launch where vLLM calls a function that it compiles apart from the model",
-        default=False,
     ),
 )
