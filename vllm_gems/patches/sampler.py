@@ -8,9 +8,8 @@ from typing import Any
 
 from ..nouns import Patch
 
-
-# Rows of logits that are ours on GPUs where nothing was measured: from 64 to 128 on vLLM's kernel, whose programs have a
-# row each, is faster on an H100.
+# Rows of logits that are ours on GPUs where nothing was measured. Somewhere from 64 to 128 on vLLM's kernel, whose
+# programs have a row each, is faster on an H100.
 _MOST_UNMEASURED = 32
 
 
