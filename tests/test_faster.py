@@ -234,15 +234,22 @@ def test_a_record_is_shipped_and_decides(tmp_path: pathlib.Path, monkeypatch: py
     assert tables.patches(record).splitlines()[2].split(" | ")[1:] == [
         "1", "4", "0.65", "1.41", "1", "0.66", "1.50", "1 |",
     ]  # fmt: skip
-    # A shape that was measured again, with another kernel; then another shape, which was not.
-    again = {**record, "modules": tuned.versions(), "rows": [{**rows[0], "source": "another"}]}
-    (folder / "patches_again.json").write_text(json.dumps(again))
-    assert {key: json.loads(tables.decisions("made")["op.silu_and_mul"])[key] for key in ("source", "versions")} == {
-        "source": "another", "versions": tuned.versions(),
-    }  # fmt: skip
-    twice = {**record, "rows": [*again["rows"], *rows]}
-    assert tables.patches(twice) == tables.patches(record)
-    rows.append({**rows[0], "case": {**rows[0]["case"], "key": "bfloat16 silu_and_mul 96"}})
-    (folder / "patches.json").write_text(json.dumps(record | {"rows": rows}))
+    (folder / "patches.json").write_text(json.dumps({**record, "rows": [*rows, {**rows[0], "source": "another"}]}))
     with pytest.raises(ValueError, match="several kernels"):
         tables.decisions("made")
+
+
+def test_where_nothing_was_measured_a_patch_may_take_few_tokens_only() -> None:
+    write("sampler.top_p", "float32 top_p 500", {"8": FASTER})
+
+    def settled(vocab_size: int) -> Any:
+        key = faster.key_of(torch.float32, "top_p", vocab_size)
+        return faster.where_faster("sampler.top_p", key, 0, call, lambda x: x.shape[0], 4)
+
+    assert settled(500) is call
+    limited = settled(640)
+    assert limited(torch.empty(4, 640)) == "ours"
+    with pytest.raises(Slower, match="not measured on this GPU.* more than 4 tokens"):
+        limited(torch.empty(5, 640))
+    with faster.undecided():
+        assert settled(640) is call, "who measures asks for all"

@@ -43,19 +43,16 @@ GATHERED = {
     ),
     "serve_modes": ("serve_modes_*",),
     "serving": ("serving_*",),
-    "patches": ("patches", "patches_*"),  # of which the last one counts where a shape was measured again
 }  # fmt: skip
 
 
 def load(name: str) -> list[dict[str, Record]]:
     """The records of the table called `name`, by their own names, for every GPU that has any."""
-    return [records for gpu in gpus() if (records := _records(gpu, name))]
-
-
-def _records(gpu: str, name: str) -> dict[str, Record]:
     patterns = GATHERED.get(name, (name,))
-    paths = [path for pattern in patterns for path in sorted((RESULTS / gpu).glob(f"{pattern}.json"))]
-    return {path.stem: json.loads(path.read_text()) for path in paths}
+    found = [
+        [path for pattern in patterns for path in sorted((RESULTS / gpu).glob(f"{pattern}.json"))] for gpu in gpus()
+    ]
+    return [{path.stem: json.loads(path.read_text()) for path in paths} for paths in found if paths]
 
 
 def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -330,14 +327,10 @@ def pretune(record: Record) -> str:
     return markdown(head, rows)
 
 
-def _last_of_each(rows: Iterable[Record]) -> list[Record]:
-    return list({tuple(row["case"].values()): row for row in rows}.values())
-
-
 def patches(record: Record) -> str:
     """Our time over vLLM's own in both modes, over shapes and numbers of tokens, and where vLLM's own runs."""
     rows = []
-    for (patch,), group in by(_last_of_each(record["rows"]), "patch").items():
+    for (patch,), group in by(record["rows"], "patch").items():
         points = [(int(tokens), faster.Times(*each)) for row in group for tokens, each in row["times"].items()]
         cells = [f"`{patch}`", str(len(group)), str(len(points))]
         for mode in (faster.EAGER, faster.GRAPH):
@@ -436,15 +429,16 @@ def decisions(gpu: str) -> dict[str, str]:
 
     Raises ValueError for shapes of one patch that were measured with different kernels.
     """
-    records = _records(gpu, "patches")
-    found, of_patch = {}, {row["case"]["patch"]: record for record in records.values() for row in record["rows"]}
-    rows = _last_of_each(row for record in records.values() for row in record["rows"])
-    for (patch,), group in by(rows, "patch").items():
+    path = RESULTS / gpu / "patches.json"
+    if not path.is_file():
+        return {}
+    record = json.loads(path.read_text())
+    found = {}
+    for (patch,), group in by(record["rows"], "patch").items():
         sources = {row["source"] for row in group}
         if len(sources) > 1:
-            raise ValueError(f"{patch} was measured with several kernels: {', '.join(records)}")
+            raise ValueError(f"{path}: {patch} was measured with several kernels")
         configurations = ",\n  ".join(f"{json.dumps(row['case']['key'])}: {json.dumps(row['times'])}" for row in group)
-        record = of_patch[patch]
         head = json.dumps({"gpu": record["gpu"], "versions": record["modules"], "source": sources.pop()}, indent=1)
         found[patch] = f'{head[:-2]},\n "configurations": {{\n  {configurations}\n }}\n}}\n'
     return found

@@ -155,7 +155,7 @@ def where_faster(
 
 
 def _at_most(most: int, call: Callable[..., Any], tokens_of: Callable[..., int]) -> Callable[..., Any]:
-    reason = f"not measured on this GPU, and slower on another from some number on: more than {most} tokens"
+    reason = f"not measured on this GPU, and known to be slower from some number on: more than {most} tokens"
 
     def limited(*args: Any, **named: Any) -> Any:
         if tokens_of(*args, **named) > most:

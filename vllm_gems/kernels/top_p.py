@@ -112,11 +112,8 @@ def _top_p_digit_kernel(
         x = tl.load(logits_ptr + at, mask=at < VOCAB, other=-float("inf")).to(tl.float32)
         key = _ordered(x) >> shift
         # By four bits more, because a shift by all 32 is none.
-        counts = (key >> 4) == prefix
-        # After a few digits most chunks have nothing left that counts.
-        if tl.max(counts.to(tl.int32), axis=0) > 0:
-            weight = tl.where(counts, tl.exp(x - top), 0.0)
-            mass += tl.where((key & 15).to(tl.int32)[None, :] == digit[:, None], weight[None, :], 0.0)
+        weight = tl.where((key >> 4) == prefix, tl.exp(x - top), 0.0)
+        mass += tl.where((key & 15).to(tl.int32)[None, :] == digit[:, None], weight[None, :], 0.0)
     at = ((digits * num_rows + row) * SPLITS + split) * 16 + digit
     tl.store(masses_ptr + at, tl.sum(mass, axis=1))
 
