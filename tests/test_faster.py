@@ -249,7 +249,7 @@ def test_where_nothing_was_measured_a_patch_may_take_few_tokens_only() -> None:
     assert settled(500) is call
     limited = settled(640)
     assert limited(torch.empty(4, 640)) == "ours"
-    with pytest.raises(Slower, match="not measured on this GPU.* more than 4 tokens"):
+    with pytest.raises(Slower, match=r"not measured on this GPU.* more than 4 tokens"):
         limited(torch.empty(5, 640))
     with faster.undecided():
         assert settled(640) is call, "who measures asks for all"
