@@ -109,6 +109,7 @@ def test_everything_that_a_model_has_is_measured(here: dict[str, Any]) -> None:
         ("op.rotary_embedding", "bfloat16 rotary_embedding 4 2 16 16 neox"),
         ("activation.silu_and_mul", "bfloat16 silu_and_mul 192"),
         ("op.silu_and_mul", "bfloat16 silu_and_mul 192"),
+        ("sampler.top_p", "bfloat16 top_p 100"),
         ("sampler.top_p", "float32 top_p 100"),
     }
     for table in here["all"]:

@@ -6,6 +6,7 @@ import torch
 from test_kernels import DEVICE
 
 from vllm_gems.kernels.top_p import top_p
+from vllm_gems.patches.sampler import warm_original
 
 VOCAB = 32768 + 1
 # The sums of a row in float32, in another order than float64's.
@@ -34,3 +35,19 @@ def test_what_stays_is_the_least_that_reaches_p() -> None:
     again = logits.clone()
     top_p(again, p)
     assert torch.equal(masked, again)
+
+
+def test_what_vllm_needs_of_top_p_alone_is_compiled_with_its_warm_up() -> None:
+    seen: list[tuple[int, int]] = []
+
+    def original(logits: torch.Tensor, k: None, p: torch.Tensor) -> torch.Tensor:
+        assert k is None
+        seen.append((len(logits), len(p)))
+        return logits.fill_(float("-inf"))
+
+    for rows, expected in ((256, [(16, 16), (15, 15)]), (15, [(15, 15)]), (3, [])):
+        logits = torch.zeros(rows, 10)
+        warm_original(original, logits, torch.ones(rows))
+        assert seen == expected
+        assert bool((logits == 0).all()), "what vLLM warms up with is left as it is"
+        seen.clear()

@@ -455,6 +455,11 @@ def launcher(build: Build, device: int) -> Launch:
         return _LAUNCHES[key]
 
 
+def watched() -> bool:
+    """Whether somebody wants to know of compilations, as vLLM does when it has warmed up."""
+    return triton.knobs.runtime.jit_post_compile_hook is not None
+
+
 def _noted(build: Build, device: int) -> Launch:
     """`_make`, counted, and told to the hook that Triton calls after compilations of its own.
 

@@ -283,3 +283,25 @@ def test_what_was_measured_in_a_graph_decides_in_a_graph(
         call(layer, args)
         assert row_of("activation.silu_and_mul").hits == 2
     assert_near(ours, stock)
+
+
+def test_what_is_left_to_vllm_of_top_p_is_compiled_in_its_warm_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which samples with a top-k and a top-p, at as many rows as there may be."""
+    triton = pytest.importorskip("triton")
+    pytest.importorskip("vllm.v1.sample.ops.topk_topp_triton", reason="this vLLM sorts")
+    module = importlib.import_module("vllm.v1.sample.ops.topk_topp_sampler")
+    monkeypatch.setattr(faster, "_asked", None)
+    rows, vocab_size = 64, 2080  # which nobody has measured
+    logits, k = torch.randn(rows, vocab_size, device="cuda"), torch.full((rows,), 50, device="cuda")
+    p = torch.full((rows,), 0.9, device="cuda")
+    with vllm_gems.gems_patches(include=["sampler.top_p"], strict=True):
+        module.apply_top_k_top_p(logits.clone(), k, p)
+        compiled: list[str] = []
+        monkeypatch.setattr(
+            triton.knobs.runtime, "jit_post_compile_hook", lambda *, repr, **_: compiled.append(repr)
+        )  # fmt: skip
+        for some in (8, 33, 48, 64):
+            module.apply_top_k_top_p(logits[:some].clone(), None, p[:some])
+        row = row_of("sampler.top_p")
+    assert compiled == []
+    assert (row.hits, sum(row.declined.values())) == (1, 4)

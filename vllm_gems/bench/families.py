@@ -159,7 +159,7 @@ _SAMPLING = Family(
     # A token more or less, where the sum of those before it is as good as p.
     view=lambda logits: (logits.float().softmax(dim=-1),),
     tolerance=1e-2,
-    dtypes=("float32",),
+    dtypes=("bfloat16", "float32"),  # of vLLM's two model runners
     most=MOST_REQS,
     # It writes its argument, and what is masked already takes another time: both sides copy.
     call=lambda function, logits, k, p: function(logits.clone(), k, p),

@@ -13,10 +13,21 @@ from ..nouns import Patch
 _MOST_UNMEASURED = 32
 
 
+def warm_original(original: Any, logits: Any, p: Any) -> None:
+    """Have vLLM compile what it needs of top-p alone, for what is left to it.
+
+    Triton compiles its kernel anew for numbers of rows that 16 divides, and vLLM takes it from 8 rows on.
+    """
+    for rows in (16, 15):
+        if rows <= logits.shape[0]:
+            original(logits[:rows].clone(), None, p[:rows])
+
+
 def _top_k_top_p(original: Any, site: Any) -> Any:
     from ..errors import Refused
     from ..faster import key_of, where_faster
     from ..kernels.top_p import bind_top_p, top_p
+    from ..launch import watched
     from ..sites import function
 
     @functools.cache
@@ -24,10 +35,15 @@ def _top_k_top_p(original: Any, site: Any) -> Any:
         key = key_of(dtype, "top_p", vocab_size)
         return where_faster(site.name, key, device, top_p, lambda logits, p: logits.shape[0], _MOST_UNMEASURED)
 
+    warm = set()
+
     def call(logits: Any, k: Any, p: Any, has_topp_only_rows: bool = True) -> Any:
         if k is not None:
             # vLLM warms up with both; when a request comes with top-p alone, it is too late to compile.
             bind_top_p(logits.shape[-1], logits.dtype, logits.get_device())
+            if p is not None and (logits.dtype, logits.shape[-1]) not in warm and not watched() and logits.is_cuda:
+                warm.add((logits.dtype, logits.shape[-1]))
+                warm_original(original, logits, p)
             raise Refused("a top-k")
         if p is None:
             raise Refused("neither top-k nor top-p")
