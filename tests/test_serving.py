@@ -127,7 +127,11 @@ def test_the_table_of_modes_has_tokens_per_second() -> None:
         "turns": {"ours": [5.0, 5.0], "stock": [10.0, 15.0]},
     }
     assert tables.serve_modes({"rows": [row]}).splitlines()[2:] == [
-        "| tiny | eager | 32 | 3200 | 6400 | 2.50 (2.00 to 3.00) |"
+        "| tiny | 32 | 3200 | 6400 | 2.50 |  |  |  |"
+    ]
+    compiled = {**row, "case": {**row["case"], "mode": "compiled"}, "turns": {"ours": [4.0], "stock": [5.0]}}
+    assert tables.serve_modes({"rows": [compiled, row]}).splitlines()[2:] == [
+        "| tiny | 32 | 3200 | 6400 | 2.50 | 3200 | 6400 | 1.25 |"
     ]
 
 

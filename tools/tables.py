@@ -37,11 +37,9 @@ def gpus() -> list[str]:
 
 # Tables of several records, one for each model: patterns of their names.
 GATHERED = {
-    "decode": (
-        "serve_eager_recorded", "serve_eager_llama", "serve_eager_qwen3", "serve_eager_qwen3_moe",
-        "serve_eager_deepseek", "serve_eager_deepseek_v3", "serve_eager_deepseek_v3_fp8",
+    "serve_modes": tuple(
+        f"serve_modes_{model}" for model in ("qwen2_5_7b", "llama_3_1_8b", "qwen3_8b", "deepseek_v2_lite", "*")
     ),
-    "serve_modes": ("serve_modes_*",),
     "serving": ("serving_*",),
 }  # fmt: skip
 
@@ -123,24 +121,6 @@ def serve_eager(record: Record) -> str:
         )
     mode, ratio = (("vLLM compiled, ms",), ("ratio to compiled",)) if compiled else ((), ())
     head = ("model", "step", "vLLM, ms", *mode, "with vllm-gems, ms", "ratio of a turn, median (range)", *ratio)
-    return markdown(head, rows)
-
-
-def decode(record: Record) -> str:
-    """Decode steps of all models, in short: at how many requests, and how long each side takes."""
-    rows = []
-    for row in record["rows"]:
-        case, against, ours = row["case"], row["against"], row["ours"]
-        if "prefill" in case or case["batch"] not in (1, 32, 256):
-            continue
-        compiled = against.get("stock_compiled")
-        batch = f"{case['batch']}" + (f", context {case['context']}" if "context" in case else "")
-        times = (f"{time:.1f}" if time else "" for time in (against["stock"], compiled, ours))
-        ratios = (f"{ours / time:.2f}" if time else "" for time in (against["stock"], compiled))
-        rows.append((str(case["model"]), batch, *times, *ratios))
-    head = (
-        "model", "requests", "vLLM eager, ms", "compiled, ms", "with vllm-gems, ms", "of eager", "of compiled",
-    )  # fmt: skip
     return markdown(head, rows)
 
 
@@ -259,17 +239,24 @@ def serve_compiled(record: Record) -> str:
 
 def serve_modes(record: Record) -> str:
     """Tokens per second of decode steps in each of vLLM's modes."""
+    modes = ("eager", "compiled")
     rows = []
-    for row in record["rows"]:
-        case, turns = row["case"], row["turns"]
-        if "prefill" in case:
-            continue
-        gains = [stock / ours for ours, stock in zip(turns["ours"], turns["stock"], strict=True)]
-        speeds = (f"{row['tokens_per_s'][side]:.0f}" for side in ("stock", "ours"))
-        gain = f"{statistics.median(gains):.2f} ({min(gains):.2f} to {max(gains):.2f})"
-        rows.append((str(case["model"]), _MODES[case["mode"]], str(case["batch"]), *speeds, gain))
-    head = ("model", "mode", "batch", "vLLM, tokens/s", "with vllm-gems", "gain of a turn, median (range)")
-    return markdown(head, rows)
+    for (model, batch), group in by(record["rows"], "model", "batch").items():
+        cells = []
+        for mode in modes:
+            found = [row for row in group if row["case"]["mode"] == mode]
+            cells += [cell for row in found for cell in _speeds(row)] or [""] * 3
+        rows.append((str(model), str(batch), *cells))
+    head = [f"{_MODES[mode]}{what}" for mode in modes for what in (": vLLM", ", with vllm-gems", ", gain")]
+    return markdown(("model", "requests", *head), rows)
+
+
+def _speeds(row: Record) -> tuple[str, str, str]:
+    """Tokens per second of both sides, and the median of the turns' gains."""
+    turns = row["turns"]
+    gain = statistics.median(stock / ours for ours, stock in zip(turns["ours"], turns["stock"], strict=True))
+    stock, ours = (f"{row['tokens_per_s'][side]:.0f}" for side in ("stock", "ours"))
+    return stock, ours, f"{gain:.2f}"
 
 
 _MODES = {"compiled": "default", "eager": "eager"}
@@ -344,13 +331,10 @@ def patches(record: Record) -> str:
 
 
 TABLES: dict[str, Callable[[Record], str]] = {
-    "decode": decode,
     "kernels_gpu": kernels_gpu,
     "host_per_call": host_per_call,
     "serve_eager_dense": serve_eager,
     "serve_eager_recorded": serve_eager,
-    "serve_eager_llama": serve_eager,
-    "serve_eager_qwen3": serve_eager,
     "serve_eager_qwen3_moe": serve_eager,
     "serve_eager_deepseek": serve_eager,
     "serve_eager_deepseek_v3": serve_eager,
