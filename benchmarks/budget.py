@@ -214,6 +214,7 @@ def measure_all(args: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[st
     """Rows of the record, and each side's longest kernels by batch size."""
     model = MODELS[args.model].cut(args.layers, args.experts)
     settings = serve.Side("budget", "eager", True, attention=args.attention)
+    serve.choose_sampler()
     os.environ.update(serve.environment(settings))
     with tempfile.TemporaryDirectory() as folder:
         serve.write_config(Path(folder), model.config)

@@ -68,9 +68,13 @@ def told(words: Sequence[str]) -> str:
     return " ".join(kept)
 
 
+# Whether vLLM takes FlashInfer's sampler, which it does by default where that can be compiled.
+SAMPLER = "VLLM_USE_FLASHINFER_SAMPLER"
+
+
 def switches() -> dict[str, str]:
-    """The plugin's variables as they are set, for a record."""
-    return {name: value for name, value in os.environ.items() if name.startswith("VLLM_GEMS")}
+    """The plugin's variables as they are set, and which sampler vLLM was told to take, for a record."""
+    return {name: value for name, value in os.environ.items() if name.startswith("VLLM_GEMS") or name == SAMPLER}
 
 
 def record(name: str, rows: list[dict[str, Any]], *, folder: pathlib.Path | None = None, **more: Any) -> pathlib.Path:

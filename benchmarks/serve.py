@@ -160,12 +160,16 @@ def has_gpu() -> bool:
     return shutil.which("nvidia-smi") is not None
 
 
+def choose_sampler() -> None:
+    """vLLM's own, unless the caller has said otherwise: FlashInfer's compiles itself with a CUDA toolkit."""
+    os.environ.setdefault(measure.SAMPLER, "0")
+
+
 def environment(side: Side) -> dict[str, str]:
     """What vLLM, Triton and the plugin read from the environment; what the caller has set besides stays."""
     settings = {
         "VLLM_GEMS": str(int(side.gems)),
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine, and so the counters, in this process
-        "VLLM_USE_FLASHINFER_SAMPLER": "0",  # it would compile itself with a CUDA toolkit
         "VLLM_LOGGING_LEVEL": "WARNING",
         "VLLM_NO_USAGE_STATS": "1",
         "HF_HUB_OFFLINE": "1",
@@ -945,6 +949,7 @@ def main() -> int:
     if args.child:
         child(json.loads(args.child))
         return 0
+    choose_sampler()
     # Stopped by `timeout`, this ends like an exception, and takes the engine with it.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     model = MODELS[args.model].cut(args.layers, args.experts)

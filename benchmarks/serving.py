@@ -363,6 +363,7 @@ def main() -> int:
     # Stopped by `timeout`, this ends like an exception, and takes the servers with it.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     os.environ["HF_HUB_OFFLINE"] = "1"  # of the client
+    serve.choose_sampler()
     model = MODELS[args.model].cut(args.layers, args.experts)
     options, cache = options_of(args, model)
     need = model.weight_bytes(2) + cache + BESIDE
