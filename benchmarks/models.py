@@ -63,10 +63,11 @@ class Model:
             title += f", {experts} experts"
         return dataclasses.replace(self, title=title, config=config)
 
-    def expected(self, decodes: int, answering: set[str]) -> dict[str, int]:
+    def expected(self, decodes: int, answering: set[str], mixed: bool = False) -> dict[str, int]:
         """Hits of a prefill and so many decode steps.
 
-        answering: the patches that are bound; of whole blocks, those that have answered at all.
+        answering: the patches that are bound; of whole blocks, those that have answered at all. mixed: whether whole
+        layers took the prefill, too, which those of latent attention never do.
         """
         numbers, found = self.numbers, {}
         for patch, calls in self.calls.items():
@@ -74,9 +75,10 @@ class Model:
             found[patch] = each * (decodes if patch in _DECODES_ONLY else 1 + decodes)
         for name, whole in self.wholes.items():
             if name in answering:
-                found[name] = numbers[whole.of] * decodes
+                passes = decodes + (mixed and not self.latent)
+                found[name] = numbers[whole.of] * passes
                 for patch, count in whole.parts.items():
-                    found[patch] -= numbers[whole.of] * count * decodes
+                    found[patch] -= numbers[whole.of] * count * passes
         if answering & _WITH_EXPERTS:  # answer whatever has few tokens, short prefills too
             found = {patch: count for patch, count in found.items() if patch not in _OF_EXPERTS}
         return {patch: count for patch, count in found.items() if patch in answering}

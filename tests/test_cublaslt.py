@@ -117,6 +117,10 @@ class Impl:
 
     def do_kv_cache_update(self) -> None: ...
 
+    def forward(self, layer: Any, query: Any, key: None, value: None, kv_cache: Any, *_: Any, output: Any) -> None:
+        """In place of attention, of batches that do not only decode: any function of what it is given."""
+        output.copy_(query + kv_cache.sum())
+
 
 def module(**members: Any) -> torch.nn.Module:
     made = torch.nn.Module()
@@ -148,7 +152,10 @@ def layer() -> torch.nn.Module:
 
 
 @pytest.mark.skipif(str(DEVICE) != "cpu", reason="the stand-in is for host memory")
-def test_a_layer_of_more_rows_than_few_is_the_same(library: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("only_decodes", [True, False])
+def test_a_layer_of_more_rows_than_few_is_the_same(
+    library: Any, monkeypatch: pytest.MonkeyPatch, only_decodes: bool
+) -> None:
     monkeypatch.setattr(decoder, "layer_refuses", lambda layer: None)
     monkeypatch.setattr(decoder, "source_hash", lambda function: "here")
     monkeypatch.setitem(decoder.KV_CACHE_LAYOUTS, "here", lambda cache, head_size: tuple(cache.unbind(0)))
@@ -162,11 +169,10 @@ def test_a_layer_of_more_rows_than_few_is_the_same(library: Any, monkeypatch: py
     slots = block_table.gather(1, (positions // BLOCK)[:, None]).long()[:, 0] * BLOCK + positions % BLOCK
     hidden_states, residual = torch.randn(rows, HIDDEN), torch.randn(rows, HIDDEN)
     results = []
+    paged, mixed = decode_steps.Paged(rows, 20, block_table, seq_lens), decode_steps.Mixed(rows)
     for few in (rows, rows - 1):
         monkeypatch.setattr(decode_steps, "FEW_ROWS", few)
-        step = decode_steps.make_step(
-            lambda metadata: decode_steps.Paged(rows, 20, block_table, seq_lens), object(), slots, positions
-        )
+        step = decode_steps.make_step(lambda metadata: paged if only_decodes else mixed, object(), slots, positions)
         (call, _), cache = decoder._bind(block, hidden_states), kv_cache.clone()
         before = hidden_states.clone(), residual.clone()
         results.append((*call(step, cache, hidden_states, residual), *call(step, cache, hidden_states, None), cache))

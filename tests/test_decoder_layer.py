@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 from types import SimpleNamespace
 from typing import Any
@@ -19,7 +20,9 @@ from vllm_gems.patches import decoder
 from vllm_gems.sites import Site
 
 HIDDEN, EPSILON = test_mla_step.HIDDEN, test_mla_step.EPSILON
-HEADS, KV_HEADS, HEAD, PAGE, ROWS = 4, 2, 16, 16, 3
+HEADS, KV_HEADS, HEAD, PAGE = 4, 2, 16, 16
+LENGTHS = 1, 20, 37
+DECODES, MIXED = (1, 1, 1), (1, 5, 33)  # tokens of each request
 Q, KV = HEADS * HEAD, KV_HEADS * HEAD
 
 
@@ -27,11 +30,28 @@ class Rotary(test_mla_step.Rotary):
     is_neox_style = True
 
 
+def attended(query: torch.Tensor, kv_cache: torch.Tensor, pages: torch.Tensor, length: int) -> torch.Tensor:
+    """One query, [HEADS, HEAD], over so many tokens of a cache."""
+    cache = kv_cache[:, pages[: -(-length // PAGE)].long()].double().flatten(1, 2)[:, :length]
+    keys, values = cache.repeat_interleave(HEADS // KV_HEADS, dim=2)
+    scores = torch.einsum("hd,thd->ht", query.double(), keys) * HEAD**-0.5
+    return torch.einsum("ht,thd->hd", scores.softmax(dim=-1), values)
+
+
 class Implementation:
     scale = HEAD**-0.5
 
     def do_kv_cache_update(self) -> None:
         """Its source says how a cache lies."""
+
+    def forward(self, layer: Any, query: Any, key: None, value: None, kv_cache: Any, metadata: Any, output: Any) -> Any:
+        """What is asked for batches that do not only decode."""
+        assert key is value is None, "keys and values are in the cache"
+        for request, (start, end) in enumerate(itertools.pairwise(metadata.query_start_loc.tolist())):
+            for row in range(start, end):
+                length = int(metadata.seq_lens[request]) - (end - 1 - row)
+                output[row] = attended(query[row], kv_cache, metadata.block_table[request], length)
+        return output
 
 
 class Attention(torch.nn.Module):
@@ -53,26 +73,34 @@ def original(self: Any, positions: Any, hidden_states: Any, residual: Any) -> st
 
 
 class Model:
-    """A layer with the patch around its forward, and the decode step that it is called in."""
+    """A layer with the patch around its forward, and the step that it is called in: so many tokens of each request."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, mixture: bool, qk_norm: bool) -> None:
+    def __init__(
+        self, monkeypatch: pytest.MonkeyPatch, mixture: bool, qk_norm: bool, tokens: tuple[int, ...] = DECODES
+    ) -> None:
         torch.manual_seed(0)
         monkeypatch.setattr(test_moe_step, "HIDDEN", HIDDEN)
         monkeypatch.setattr(decoder, "layer_refuses", lambda layer: None)
         monkeypatch.setattr(decoder, "source_hash", lambda function: "made up")
         monkeypatch.setitem(decoder.KV_CACHE_LAYOUTS, "made up", lambda cache, head_size: cache.unbind(0))
-        lengths = [1, 20, 37]
-        blocks = 8
-        table, _ = random_pages(lengths, PAGE, blocks, str(DEVICE))
-        self.lengths, self.table = torch.tensor(lengths, dtype=torch.int32, device=DEVICE), table
-        self.positions = (self.lengths - 1).long()
-        pages = table.gather(1, (self.positions // PAGE)[:, None]).long()[:, 0]
-        slots = pages * PAGE + self.positions % PAGE
+        blocks, rows = 8, sum(tokens)
+        table, _ = random_pages(list(LENGTHS), PAGE, blocks, str(DEVICE))
+        places = [
+            (request, length - count + place)
+            for request, (length, count) in enumerate(zip(LENGTHS, tokens, strict=True))
+            for place in range(count)
+        ]
+        requests, self.positions = torch.tensor(places, device=DEVICE).T.contiguous()
+        self.pages = table[requests]  # of each token's request
+        pages = self.pages.gather(1, (self.positions // PAGE)[:, None]).long()[:, 0]
+        self.slots = pages * PAGE + self.positions % PAGE
+        starts = torch.tensor([0, *tokens]).cumsum(0).to(DEVICE, torch.int32)
+        lengths = torch.tensor(LENGTHS, dtype=torch.int32, device=DEVICE)
         metadata = FlashAttentionMetadata(
-            ROWS, 1, torch.arange(ROWS + 1), max(lengths), self.lengths, table, slots, False, 0
-        )
+            rows, max(tokens), starts, max(LENGTHS), lengths, table, self.slots, False, 0
+        )  # fmt: skip
         name = Attention.layer_name
-        context = SimpleNamespace(attn_metadata={name: metadata}, slot_mapping={name: slots})
+        context = SimpleNamespace(attn_metadata={name: metadata}, slot_mapping={name: self.slots})
         forward_context = SimpleNamespace(get_forward_context=lambda: context)
         monkeypatch.setitem(sys.modules, "vllm.forward_context", forward_context)
         self.site = Site("decoder.qwen3_moe" if mixture else "decoder.qwen3")
@@ -94,7 +122,7 @@ class Model:
         if self.mixture:
             layer.mlp.experts = self.mixture.runner
         self.layer = layer
-        self.hidden, self.residual = (torch.randn(ROWS, HIDDEN, device=DEVICE) for _ in range(2))
+        self.hidden, self.residual = (torch.randn(rows, HIDDEN, device=DEVICE) for _ in range(2))
 
     def call(self, residual: torch.Tensor | None) -> Any:
         return self.layer(self.positions, self.hidden, residual)
@@ -111,15 +139,10 @@ class Model:
             first, second = each.chunk(2, dim=-1)
             return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
-        q, k = turned(q), turned(k)
-        rows = []
-        for row, length in enumerate(self.lengths.tolist()):
-            pages = self.table[row, : -(-length // PAGE)].long()  # what comes after is poison
-            cache = part.attn.kv_cache[:, pages].double().flatten(1, 2)[:, :length].clone()
-            cache[0, -1], cache[1, -1] = k[row], v[row]
-            keys, values = cache.repeat_interleave(HEADS // KV_HEADS, dim=2)
-            scores = torch.einsum("hd,thd->ht", q[row], keys) * HEAD**-0.5
-            rows.append(torch.einsum("ht,thd->hd", scores.softmax(dim=-1), values).flatten())
+        cache = part.attn.kv_cache.double()
+        cache.flatten(1, 2)[:, self.slots] = torch.stack((turned(k), v))
+        each = zip(turned(q), self.pages, self.positions.tolist(), strict=True)
+        rows = [attended(query, cache, pages, position + 1).flatten() for query, pages, position in each]
         return torch.stack(rows) @ part.o_proj.weight.double().T
 
     def expected(self, residual: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -130,10 +153,14 @@ class Model:
         return (self.mixture or self.layer.mlp).expected(x), total
 
 
+@pytest.mark.parametrize("tokens", [DECODES, MIXED], ids=["decodes", "prefills, too"])
 @pytest.mark.parametrize("qk_norm", [True, False], ids=["norms", "no norms"])
 @pytest.mark.parametrize("mixture", [True, False], ids=["experts", "dense"])
-def test_a_decode_step_is_right(monkeypatch: pytest.MonkeyPatch, mixture: bool, qk_norm: bool) -> None:
-    model = Model(monkeypatch, mixture, qk_norm)
+def test_a_step_is_right(
+    monkeypatch: pytest.MonkeyPatch, mixture: bool, qk_norm: bool, tokens: tuple[int, ...]
+) -> None:
+    monkeypatch.setenv("VLLM_GEMS_INCLUDE", "decoder.*")
+    model = Model(monkeypatch, mixture, qk_norm, tokens)
     hidden, before = model.hidden.clone(), model.residual.clone()
     for residual in (None, model.residual, model.residual):
         expected = model.expected(residual)
@@ -153,3 +180,25 @@ def test_replaced_experts_are_used(monkeypatch: pytest.MonkeyPatch) -> None:
     for got, want in zip(model.call(model.residual), model.expected(model.residual), strict=True):
         torch.testing.assert_close(got.double(), want, rtol=0, atol=3e-5)
     assert list(model.site.declined) == ["weights that were replaced"]
+
+
+def test_batches_that_do_not_only_decode_are_left_to_vllm_until_they_are_asked_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("VLLM_GEMS_INCLUDE", raising=False)
+    model = Model(monkeypatch, mixture=False, qk_norm=False, tokens=MIXED)
+    assert model.call(model.residual) == "the original"
+    (reason,) = model.site.declined
+    assert reason == "a batch that does not only decode; VLLM_GEMS_INCLUDE=default,decoder.mixed takes it"
+
+
+def test_a_failure_in_attention_leaves_what_the_layer_was_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that the original can begin anew."""
+    monkeypatch.setenv("VLLM_GEMS_INCLUDE", "decoder.*")
+    model = Model(monkeypatch, mixture=False, qk_norm=False, tokens=MIXED)
+    hidden, residual = model.hidden.clone(), model.residual.clone()
+    monkeypatch.setattr(Implementation, "forward", lambda *_, **__: 1 // 0)
+    assert model.call(model.residual) == "the original"
+    assert model.site.failure.startswith("ZeroDivisionError")
+    assert torch.equal(model.hidden, hidden)
+    assert torch.equal(model.residual, residual)

@@ -59,7 +59,7 @@ def step(meta: Any, slots: Any = None, positions: Any = None) -> decode_steps.St
 def test_a_decode_step_is_taken() -> None:
     meta = metadata()
     found = step(meta)
-    assert (found.num_requests, found.max_seq_len, found.block_table_stride) == (REQUESTS, 9, 4)
+    assert (found.num_tokens, found.max_seq_len, found.block_table_stride) == (REQUESTS, 9, 4)
     assert found.seq_lens_at == meta.seq_lens.data_ptr()
     assert found.slot_mapping_at == meta.slot_mapping.data_ptr()
 

@@ -346,7 +346,7 @@ def test_layers_of_other_sizes_go_to_the_original(
 )
 def test_other_steps_are_left_to_vllm(monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], words: str) -> None:
     metadata = Model(monkeypatch).metadata
-    assert mla_step.read(metadata).num_requests == 3
+    assert mla_step.read(metadata).num_tokens == 3
     with pytest.raises(Refused, match=words):
         mla_step.read(dataclasses.replace(metadata, **changes))
     with pytest.raises(Refused, match="attention metadata of SimpleNamespace"):

@@ -80,6 +80,19 @@ def test_hits_that_do_not_fit_are_told_but_not_of_patches_that_nobody_asked_for(
     assert serve.wrong_hits(model, found, {"rotary.rotary_embedding"}) == []
 
 
+def test_whole_layers_take_short_prefills_if_they_are_asked_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_GEMS_INCLUDE", "default,decoder.*")
+    model = MODELS["qwen2.5-7b"]
+    layers, norms = model.numbers["layer"], 2
+    for batch, passes in (("1", 3), ("32", 2)):  # of which 32 are 2,048 tokens
+        hits = {
+            "decoder.qwen2": layers * passes, "layernorm.rms_norm": 3 + (3 - passes) * norms * layers,
+            "rotary.rotary_embedding": (3 - passes) * layers, "activation.silu_and_mul": (3 - passes) * layers,
+        }  # fmt: skip
+        found = {batch: {"steps": 3, "hits": hits}}
+        assert serve.wrong_hits(model, found, set()) == []
+
+
 def attention(q_lora_rank: int = 3, **weights: tuple[int, ...]) -> Any:
     model = torch.nn.Module()
     for name, shape in weights.items():

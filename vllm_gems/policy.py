@@ -103,6 +103,15 @@ class Policy:
         return f"{int(self.enabled)};{','.join(self.include)};{','.join(self.exclude)}"
 
 
+# By what whole layers take batches that prefill, too, is included: no patch, but a condition of those of layers.
+MIXED = "decoder.mixed"
+
+
+def wants_mixed() -> bool:
+    """Whether patches of whole layers take batches that do not only decode: not until that is measured, or named."""
+    return Policy.from_env().refuses(MIXED, default=False) is None
+
+
 def tuned_folder() -> str:
     """Where a user's measured configurations are: VLLM_GEMS_TUNED, or in the platform's cache folder."""
     cache = os.environ.get("XDG_CACHE_HOME", "").strip() or os.path.join(os.path.expanduser("~"), ".cache")

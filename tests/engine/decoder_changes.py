@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import random
 import sys
 from pathlib import Path
@@ -94,6 +95,11 @@ def main() -> None:
         "settled_layers": sum("forward" in vars(layer) for layer in layers),
         "forward_is_the_original": Qwen2DecoderLayer.forward is original is wrapped,
     }
+
+    os.environ["VLLM_GEMS_EXCLUDE"] = ""
+    vllm_gems.apply_gems_patches_to_vllm()
+    found["mixed"] = tried()
+    vllm_gems.remove_gems_patches_from_vllm()
 
     def broken(*_: Any) -> int:
         raise RuntimeError("broken on purpose")

@@ -76,7 +76,7 @@ def test_report_counts_layers_and_reasons(runs: Runs) -> None:
         assert len(row["by_layer"]) == count
         assert len(set(row["by_layer"].values())) == 1
         assert sum(row["by_layer"].values()) == row["hits"]
-        assert "a batch that does not only decode" in row["declined"]
+        assert any(why.startswith("a batch that does not only decode") for why in row["declined"])
         assert len(row["declined"]) == (2 if name == "decoder.deepseek_v2" else 1)  # and the layer with a CPU's experts
     assert f"in each of {LAYERS} layers" in result["table"]
 
@@ -136,6 +136,14 @@ def test_undo_leaves_vllms_own_objects(changes: dict[str, Any]) -> None:
     assert changes["removed"]["forward_is_the_original"]
     assert changes["removed"]["settled_layers"] == 0
     assert changes["removed"]["hits"] == [0, 0]
+
+
+def test_a_batch_that_prefills_is_ours_but_for_its_attention_if_asked_for(changes: dict[str, Any]) -> None:
+    """The first pass takes both prompts."""
+    mixed = changes["mixed"]
+    assert mixed["tokens"] == changes["removed"]["tokens"]
+    assert mixed["hits"] == [changes["plain"]["passes"]] * LAYERS
+    assert mixed["declined"] == []
 
 
 def test_a_failure_in_the_middle_of_a_layer_harms_nothing(changes: dict[str, Any]) -> None:

@@ -16,6 +16,8 @@ from ..seams import PARTS
 
 # The most requests of a decode step; beyond them the GPU, not the host, sets the pace.
 MAX_REQUESTS = 512
+# And the most tokens of a batch that prefills, too.
+MAX_MIXED = 1024
 
 # Up to so many rows a product is a walk through its weight; beyond, it is cuBLAS's.
 FEW_ROWS = 64
@@ -27,10 +29,16 @@ FEW_ROWS_OF_FLOAT8 = 64
 class Paged(NamedTuple):
     """What a backend's metadata says of a step in which every request has one token."""
 
-    num_requests: int
+    num_tokens: int
     max_seq_len: int
     block_table: Any
     seq_lens: Any
+
+
+class Mixed(NamedTuple):
+    """Of one in which some have more, whose attention is the backend's."""
+
+    num_tokens: int
 
 
 class Step(NamedTuple):
@@ -39,13 +47,14 @@ class Step(NamedTuple):
     metadata: Any
     slot_mapping: Any
     positions: Any
-    num_requests: int
-    max_seq_len: int
+    num_tokens: int  # as many as requests, where `only_decodes`
     positions_at: int
     slot_mapping_at: int
-    block_table_at: int
-    block_table_stride: int
-    seq_lens_at: int
+    only_decodes: bool
+    max_seq_len: int = 0
+    block_table_at: int = 0
+    block_table_stride: int = 0
+    seq_lens_at: int = 0
 
 
 def unknown_field(metadata: Any, known: set[str]) -> str | None:
@@ -68,7 +77,7 @@ def _transfers_kv() -> bool:
     return state is not None and bool(state.has_kv_transfer_group())
 
 
-def make_step(read: Callable[[Any], Paged], metadata: Any, slot_mapping: Any, positions: Any) -> Step:
+def make_step(read: Callable[[Any], Paged | Mixed], metadata: Any, slot_mapping: Any, positions: Any) -> Step:
     """`read` takes from a backend's metadata what it says. Raises Refused, as `read` does, for a step not for us."""
     import torch
 
@@ -76,35 +85,42 @@ def make_step(read: Callable[[Any], Paged], metadata: Any, slot_mapping: Any, po
 
     if metadata is None:
         raise Refused("a forward pass without attention metadata (vLLM measures its memory)")
-    rows, max_seq_len, block_table, seq_lens = read(metadata)
+    found = read(metadata)
+    rows = found.num_tokens
     if slot_mapping is None:
         raise Refused("no slots to write keys and values to")
-    if not 0 < rows <= MAX_REQUESTS:
-        raise Refused(f"{rows} requests, not between 1 and {MAX_REQUESTS}")
+    what, most = ("tokens", MAX_MIXED) if isinstance(found, Mixed) else ("requests", MAX_REQUESTS)
+    if not 0 < rows <= most:
+        raise Refused(f"{rows} {what}, not between 1 and {most}")
     if positions.dim() != 1 or not positions.is_contiguous() or positions.dtype is not torch.int64:
         raise Refused(f"positions {positions.dtype} {tuple(positions.shape)}, not one int64 a token")
-    if positions.shape[0] != rows or slot_mapping.shape[0] != rows or seq_lens.shape[0] != rows:
+    if positions.shape[0] != rows or slot_mapping.shape[0] != rows:
         raise Refused("a batch padded with tokens that are nobody's")
     if slot_mapping.dtype is not torch.int64 or not slot_mapping.is_contiguous():
         raise Refused(f"slot_mapping {slot_mapping.dtype}, not contiguous int64")
-    if seq_lens.dtype is not torch.int32 or not seq_lens.is_contiguous():
-        raise Refused(f"seq_lens {seq_lens.dtype}, not contiguous int32")
-    if block_table.dtype is not torch.int32 or block_table.stride(1) != 1:
-        raise Refused(f"block_table {block_table.dtype} of strides {block_table.stride()}, not rows of int32")
     if capturing():
         raise Refused("a CUDA graph is being captured, and the next step's batch is another")
     if _transfers_kv():
         raise Refused("a KV connector waits for every layer")
+    all_have = metadata, slot_mapping, positions, rows, positions.data_ptr(), slot_mapping.data_ptr()
+    if isinstance(found, Mixed):
+        return Step(*all_have, only_decodes=False)
+    _, max_seq_len, block_table, seq_lens = found
+    if seq_lens.shape[0] != rows:
+        raise Refused("a batch padded with tokens that are nobody's")
+    if seq_lens.dtype is not torch.int32 or not seq_lens.is_contiguous():
+        raise Refused(f"seq_lens {seq_lens.dtype}, not contiguous int32")
+    if block_table.dtype is not torch.int32 or block_table.stride(1) != 1:
+        raise Refused(f"block_table {block_table.dtype} of strides {block_table.stride()}, not rows of int32")
     return Step(
-        metadata, slot_mapping, positions, rows, max_seq_len, positions.data_ptr(), slot_mapping.data_ptr(),
-        block_table.data_ptr(), block_table.stride(0), seq_lens.data_ptr(),
+        *all_have, True, max_seq_len, block_table.data_ptr(), block_table.stride(0), seq_lens.data_ptr()
     )  # fmt: skip
 
 
 class Steps:
     """The last step, or why it is not for us: what one layer found out, the others need not."""
 
-    def __init__(self, read: Callable[[Any], Paged]) -> None:
+    def __init__(self, read: Callable[[Any], Paged | Mixed]) -> None:
         self._read = read
         self._last: Step | None = None
         self._refused: tuple[Any, Any, str] = (None, None, "")
@@ -332,10 +348,10 @@ def read_of(linear: Any) -> tuple[Any, Any, Any]:
     return linear.weight, linear.bias, linear.weight_scale_inv if linear.weight.dtype.itemsize == 1 else None
 
 
-def most_rows(known: Iterable[Kept]) -> int:
+def most_rows(known: Iterable[Kept], most: int = MAX_REQUESTS) -> int:
     """How many rows a layer's products are done of: beyond `FEW_ROWS_OF_FLOAT8` those of its weights are vLLM's."""
     narrow = any(each is not None and each.dtype.itemsize == 1 for _, _, each in known)
-    return FEW_ROWS_OF_FLOAT8 if narrow else MAX_REQUESTS
+    return FEW_ROWS_OF_FLOAT8 if narrow else most
 
 
 # Gives so many bytes for what a layer computes on the way.

@@ -1,21 +1,26 @@
 """A whole decoder layer in one recording, for batches that only decode: eight direct launches of a dense model.
 
 In eager mode the host is the bottleneck: modules, dispatch and F.linear cost several times what the GPU needs. What a
-layer does in a decode step is always the same, so it is settled once per layer, and a call only launches it. Every
-other batch (prefill, mixed, more than a GEMM for few rows is good for) goes to the original, whose parts have patches
-of their own.
+layer does in a decode step is always the same, so it is settled once per layer, and a call only launches it. Of a batch
+that prefills, too, all but attention is launched in the same way, and attention is the backend's; no two such batches
+have as many tokens, so that nothing is recorded. That is off until `decoder.mixed` is named. Every other batch goes to
+the original, whose parts have patches of their own.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from ..nouns import Patch
+from ..policy import MIXED, wants_mixed
 from ..seams import KV_CACHE_LAYOUTS
 from . import feed_forward
 from .decode_steps import (
+    MAX_MIXED,
     Memory,
+    Mixed,
     Paged,
     Step,
     Steps,
@@ -47,14 +52,16 @@ _KNOWN = {
 _NO_WINDOW = (None, (-1, -1))
 
 
-def _read(metadata: Any) -> Paged:
-    """Raises Refused for a step that is not for us."""
+def _read(metadata: Any, mixed: bool = False) -> Paged | Mixed:
+    """Raises Refused for a step that is not for us. mixed: whether those are that do not only decode."""
     from ..errors import Refused
 
     if type(metadata).__name__ != "FlashAttentionMetadata":
         raise Refused(f"attention metadata of {type(metadata).__name__}")
     if metadata.max_query_len != 1:
-        raise Refused("a batch that does not only decode")
+        if not mixed:
+            raise Refused(f"a batch that does not only decode; VLLM_GEMS_INCLUDE=default,{MIXED} takes it")
+        return Mixed(metadata.num_actual_tokens)
     if getattr(metadata, "sliding_window", None) not in _NO_WINDOW:
         raise Refused("a sliding window")
     if getattr(metadata, "use_cascade", False):
@@ -137,6 +144,10 @@ def _settle_cache(kv_cache: Any, layout: Callable[[Any, int], tuple[Any, Any]], 
     return _Cache(kv_cache, key.data_ptr() - at, value.data_ptr() - at, strides, key.shape[1])
 
 
+# Where the addresses of what a layer reads are among all of them.
+_QKV, _O, _QK_NORMS, _INPUT_NORM, _POST_NORM, _BLOCK = slice(0, 3), slice(3, 6), slice(6, 8), 8, 9, slice(10, None)
+
+
 def _bind(layer: Any, hidden_states: Any) -> tuple[Callable[..., Any], Callable[[Any], None]]:
     """For this layer: call(step, kv_cache, hidden_states, residual) -> (hidden_states, residual), and
     prepare(kv_cache), after which no call with it compiles anything. All raise Refused."""
@@ -168,13 +179,14 @@ def _bind(layer: Any, hidden_states: Any) -> tuple[Callable[..., Any], Callable[
         raise Refused(f"weights of shapes {shapes}")
     project_qkv, project_o = (bind_projection(module, dtype, device) for module in modules)
     block = feed_forward.bind_block(layer.mlp, hidden_states)
-    empty, itemsize = allocator(device, dtype), dtype.itemsize
+    empty, empty_bytes, itemsize = allocator(device, dtype), allocator(device, torch.uint8), dtype.itemsize
 
     angles = _cache_of(rotary, hidden_states, own_dtype=rotary.use_flashinfer)
     norms = layer.input_layernorm, layer.post_attention_layernorm
     known = [(rotary._buffers, "cos_sin_cache", angles), *parameters_of(attention), *block.known]
     known += [*parameters_of(norms[0]), *parameters_of(norms[1])]
     most = most_rows(known)
+    most_mixed = most if feed_forward.is_mixture(layer.mlp) else most_rows(known, MAX_MIXED)
     input_weight, post_weight = (norm.weight for norm in norms)
     settled = [(dtype, norm.weight.dtype, hidden_size, norm.variance_epsilon) for norm in norms]
     alone = bind_norm_rows(*settled[0], False, False, device)
@@ -188,7 +200,7 @@ def _bind(layer: Any, hidden_states: Any) -> tuple[Callable[..., Any], Callable[
         if attention.k_norm.variance_epsilon != epsilon or q_weight.dtype is not dtype or k_weight.dtype is not dtype:
             raise Refused("q_norm and k_norm differ, or their weights are not of the hidden states' dtype")
 
-    read = (
+    read = (  # by the places below
         *(tensor for module in modules for tensor in read_of(module)), q_weight, k_weight, input_weight, post_weight,
         *block.read,
     )  # fmt: skip
@@ -210,44 +222,84 @@ def _bind(layer: Any, hidden_states: Any) -> tuple[Callable[..., Any], Callable[
         attend = bind_decode_attention(Heads(heads, kv_heads, head_size, found.block_size), dtype, device)
         cache, run = found, replay.bind(device, launches)
 
+    def before_attention(
+        more: tuple[int, Memory, int], is_first: bool, angles_at: int, cache_at: int, read_at: tuple[int, ...],
+        hidden_at: int, before_at: int, residual_at: int, positions_at: int, slot_mapping_at: int,
+        x_at: int, qkv_out_at: int,
+    ) -> None:  # fmt: skip
+        rows, kept = more[0], cache
+        assert kept is not None
+        if is_first:
+            alone(residual_at, 0, read_at[_INPUT_NORM], x_at, 0, rows)
+        else:
+            first(hidden_at, before_at, read_at[_INPUT_NORM], x_at, residual_at, rows)
+        project_qkv(x_at, read_at[_QKV], qkv_out_at, *more)
+        write(
+            qkv_out_at, qkv_size, positions_at, angles_at, cache_at + kept.key_offset, cache_at + kept.value_offset,
+            kept.strides, slot_mapping_at, *read_at[_QK_NORMS], epsilon, rows,
+        )  # fmt: skip
+
+    def after_attention(
+        more: tuple[int, Memory, int], read_at: tuple[int, ...], attended_at: int, residual_at: int, out_at: int,
+        x_at: int,
+    ) -> None:  # fmt: skip
+        rows, memory, _ = more
+        project_o(attended_at, read_at[_O], x_at, *more)
+        second(x_at, residual_at, read_at[_POST_NORM], x_at, residual_at, rows)
+        block.launches(memory, rows, read_at[_BLOCK], x_at, out_at)
+
     def launches(
         memory: Memory, rows: int, splits: int, is_first: bool, block_table_stride: int,
         angles_at: int, cache_at: int, read_at: tuple[int, ...],
         hidden_at: int, before_at: int, out_at: int, residual_at: int,
         positions_at: int, slot_mapping_at: int, block_table_at: int, seq_lens_at: int,
     ) -> None:  # fmt: skip
-        qkv_at, o_at = read_at[:3], read_at[3:6]
-        q_weight_at, k_weight_at, input_weight_at, post_weight_at, *block_at = read_at[6:]
         kept: Any = cache
-        key_at, value_at = cache_at + kept.key_offset, cache_at + kept.value_offset
         x_at, qkv_out_at, attended_at = (memory(rows * width * itemsize) for width in (hidden_size, qkv_size, q_size))
-        if is_first:
-            alone(residual_at, 0, input_weight_at, x_at, 0, rows)
-        else:
-            first(hidden_at, before_at, input_weight_at, x_at, residual_at, rows)
         more = rows, memory, workspace_for(rows, memory)
-        project_qkv(x_at, qkv_at, qkv_out_at, *more)
-        write(
-            qkv_out_at, qkv_size, positions_at, angles_at, key_at, value_at, kept.strides, slot_mapping_at,
-            q_weight_at, k_weight_at, epsilon, rows,
+        before_attention(
+            more, is_first, angles_at, cache_at, read_at, hidden_at, before_at, residual_at, positions_at,
+            slot_mapping_at, x_at, qkv_out_at,
         )  # fmt: skip
         attend(
-            qkv_out_at, qkv_size, head_size, key_at, value_at, kept.strides, block_table_at, block_table_stride,
-            seq_lens_at, attended_at, q_size, rows, splits, scale,
+            qkv_out_at, qkv_size, head_size, cache_at + kept.key_offset, cache_at + kept.value_offset, kept.strides,
+            block_table_at, block_table_stride, seq_lens_at, attended_at, q_size, rows, splits, scale,
         )  # fmt: skip
-        project_o(attended_at, o_at, x_at, *more)
-        second(x_at, residual_at, post_weight_at, x_at, residual_at, rows)
-        block.launches(memory, rows, tuple(block_at), x_at, out_at)
+        after_attention(more, read_at, attended_at, residual_at, out_at, x_at)
+
+    def mixed(
+        step: Step, kv_cache: Any, is_first: bool, read_at: tuple[int, ...],
+        hidden_at: int, before_at: int, out_at: int, residual_at: int,
+    ) -> None:  # fmt: skip
+        """The same with the backend's attention, which takes keys and values from the cache."""
+        rows, held = step.num_tokens, []
+
+        def memory(nbytes: int) -> int:
+            held.append(empty_bytes(1, nbytes))
+            at: int = held[-1].data_ptr()
+            return at
+
+        qkv, attended = empty(rows, qkv_size), empty(rows, q_size)
+        more, x_at = (rows, memory, workspace_for(rows, memory)), memory(rows * hidden_size * itemsize)
+        before_attention(
+            more, is_first, angles.data_ptr(), kv_cache.data_ptr(), read_at, hidden_at, before_at, residual_at,
+            step.positions_at, step.slot_mapping_at, x_at, qkv.data_ptr(),
+        )  # fmt: skip
+        query = qkv.as_strided((rows, heads, head_size), (qkv_size, head_size, 1))
+        attn.impl.forward(
+            attn, query, None, None, kv_cache, step.metadata, output=attended.view(rows, heads, head_size)
+        )  # fmt: skip
+        after_attention(more, read_at, attended.data_ptr(), residual_at, out_at, x_at)
 
     def call(step: Step, kv_cache: Any, hidden_states: Any, residual: Any) -> Any:
-        rows = step.num_requests
-        if rows > most:
-            raise Refused(f"{rows} requests of a layer in float8, more than {most}")
+        rows = step.num_tokens
+        if rows > (limit := most if step.only_decodes else most_mixed):
+            raise Refused(f"{rows} rows of a layer with experts or in float8, more than {limit}")
         for name, x in (("hidden_states", hidden_states), ("residual", residual)):
             if x is None:
                 continue
             if x.dtype is not dtype or x.shape != (rows, hidden_size) or x.get_device() != device:
-                raise Refused(f"{name} {x.dtype} {tuple(x.shape)} on {x.device} for {rows} requests")
+                raise Refused(f"{name} {x.dtype} {tuple(x.shape)} on {x.device} for {rows} tokens")
             if not x.is_contiguous():
                 raise Refused(f"{name} of strides {x.stride()}")
         for table, name, tensor in known:
@@ -260,15 +312,16 @@ def _bind(layer: Any, hidden_states: Any) -> tuple[Callable[..., Any], Callable[
         is_first = residual is None
         before, residual = residual, hidden_states.clone() if is_first else empty(rows, hidden_size)
         out = empty(rows, hidden_size)
+        streams = hidden_states.data_ptr(), 0 if is_first else before.data_ptr(), out.data_ptr(), residual.data_ptr()
+        if not step.only_decodes:
+            mixed(step, kv_cache, is_first, read_at, *streams)
+            return out, residual
         run(
             (
                 rows, splits(rows, kv_heads, step.max_seq_len), is_first, step.block_table_stride, angles.data_ptr(),
                 kv_cache.data_ptr(), read_at,
             ),
-            (
-                hidden_states.data_ptr(), 0 if is_first else before.data_ptr(), out.data_ptr(), residual.data_ptr(),
-                step.positions_at, step.slot_mapping_at, step.block_table_at, step.seq_lens_at,
-            ),
+            (*streams, step.positions_at, step.slot_mapping_at, step.block_table_at, step.seq_lens_at),
         )  # fmt: skip
         return out, residual
 
@@ -278,7 +331,7 @@ def _bind(layer: Any, hidden_states: Any) -> tuple[Callable[..., Any], Callable[
 def _decoder_layer(original: Any, site: Any) -> Any:
     from ..sites import module_forward
 
-    steps = Steps(_read)
+    steps = Steps(functools.partial(_read, mixed=wants_mixed()))
 
     def settle(layer: Any, positions: Any, hidden_states: Any, residual: Any) -> Callable[..., Any]:
         """The layer's own call(positions, hidden_states, residual)."""

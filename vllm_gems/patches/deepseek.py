@@ -98,7 +98,7 @@ def _bind(layer: Any, hidden_states: Any) -> tuple[Callable[..., Any], Callable[
         cache, run = kv_cache, replay.bind(device, launches)
 
     def call(step: Step, kv_cache: Any, hidden_states: Any, residual: Any) -> Any:
-        rows = step.num_requests
+        rows = step.num_tokens
         if rows > most:
             raise Refused(f"{rows} requests of a layer in float8, more than {most}")
         for name, x in (("hidden_states", hidden_states), ("residual", residual)):

@@ -225,7 +225,7 @@ def bind_block(layer: Any, hidden_states: Any) -> Block:
         block_stride = strides[0]
 
     def facts(step: Step) -> tuple[int, ...]:
-        return shares(step.num_requests, heads, step.max_seq_len, device), step.block_table_stride
+        return shares(step.num_tokens, heads, step.max_seq_len, device), step.block_table_stride
 
     def launches(
         memory: Memory, rows: int, facts: tuple[int, ...], read_at: tuple[int, ...], cache_at: int, hidden_at: int,
@@ -284,7 +284,7 @@ def _bind(layer: Any, hidden_states: Any) -> tuple[Callable[..., Any], Callable[
         cache, run = kv_cache, replay.bind(device, block.launches)
 
     def call(step: Step, kv_cache: Any, hidden_states: Any) -> Any:
-        rows = step.num_requests
+        rows = step.num_tokens
         if rows > most:
             raise Refused(f"{rows} requests of a layer in float8, more than {most}")
         if (
