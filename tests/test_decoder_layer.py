@@ -15,8 +15,9 @@ from test_decoder_steps import FlashAttentionMetadata
 from test_deepseek import Dense
 from test_kernels import DEVICE
 
+from vllm_gems import replay
 from vllm_gems.kernels.paged import random_pages
-from vllm_gems.patches import decoder
+from vllm_gems.patches import decode_steps, decoder
 from vllm_gems.sites import Site
 
 HIDDEN, EPSILON = test_mla_step.HIDDEN, test_mla_step.EPSILON
@@ -169,6 +170,23 @@ def test_a_step_is_right(
     assert torch.equal(model.hidden, hidden)
     assert torch.equal(model.residual, before)
     assert (model.site.hits, model.site.by_layer, model.site.declined) == (3, {"layers.0.attn": 3}, {})
+
+
+@pytest.mark.parametrize("mixture", [True, False], ids=["experts", "dense"])
+def test_what_a_graph_captures_is_right_and_not_recorded(monkeypatch: pytest.MonkeyPatch, mixture: bool) -> None:
+    monkeypatch.setattr(decode_steps, "capturing", lambda: True)
+    monkeypatch.setattr(replay, "_capturing", lambda device: lambda: True)
+    for include, captured in (("default", False), ("default,graphs.*", True)):
+        monkeypatch.setenv("VLLM_GEMS_INCLUDE", include)
+        model = Model(monkeypatch, mixture, qk_norm=True)
+        monkeypatch.setattr(replay, "_program", lambda *_: pytest.fail("it was recorded"))
+        if not captured:
+            assert model.call(model.residual) == "the original"
+            assert list(model.site.declined) == ["a CUDA graph is being captured, and the next step's batch is another"]
+            continue
+        for got, want in zip(model.call(model.residual), model.expected(model.residual), strict=True):
+            torch.testing.assert_close(got.double(), want, rtol=0, atol=3e-5)
+        assert model.site.declined == {}
 
 
 def test_replaced_experts_are_used(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -53,7 +53,7 @@ def metadata(**changes: Any) -> FlashAttentionMetadata:
 def step(meta: Any, slots: Any = None, positions: Any = None) -> decode_steps.Step:
     slots = meta.slot_mapping if slots is None else slots
     positions = torch.tensor([5, 8, 6]) if positions is None else positions
-    return decode_steps.make_step(decoder._read, meta, slots, positions)
+    return decode_steps.make_step(decoder.read, meta, slots, positions)
 
 
 def test_a_decode_step_is_taken() -> None:
@@ -91,11 +91,11 @@ def test_other_steps_are_left_to_vllm(changes: dict[str, Any], words: str) -> No
 def test_other_metadata_positions_and_slots_are_left_to_vllm() -> None:
     meta = metadata()
     with pytest.raises(Refused, match="measures its memory"):
-        decode_steps.make_step(decoder._read, None, None, None)
+        decode_steps.make_step(decoder.read, None, None, None)
     with pytest.raises(Refused, match="attention metadata of SimpleNamespace"):
         step(SimpleNamespace(**vars(meta)))
     with pytest.raises(Refused, match="no slots"):
-        decode_steps.make_step(decoder._read, meta, None, torch.arange(REQUESTS))
+        decode_steps.make_step(decoder.read, meta, None, torch.arange(REQUESTS))
     for positions in (torch.zeros(3, REQUESTS, dtype=torch.int64), torch.arange(REQUESTS, dtype=torch.int32)):
         with pytest.raises(Refused, match="positions"):
             step(meta, positions=positions)

@@ -13,7 +13,7 @@ import torch
 from test_kernels import DEVICE
 
 from vllm_gems import replay
-from vllm_gems.patches import deepseek, mla_step
+from vllm_gems.patches import decode_steps, deepseek, mla_step
 from vllm_gems.sites import Site
 
 HIDDEN, EPSILON = test_mla_step.HIDDEN, test_mla_step.EPSILON
@@ -92,6 +92,17 @@ def test_a_decode_step_is_right(monkeypatch: pytest.MonkeyPatch, mixture: bool, 
     assert torch.equal(model.attention.hidden, hidden)
     assert torch.equal(model.residual, before)
     assert (model.site.hits, model.site.by_layer, model.site.declined) == (3, {"layers.0.attn": 3}, {})
+
+
+def test_what_a_graph_captures_is_right(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decode_steps, "capturing", lambda: True)
+    monkeypatch.setattr(replay, "_capturing", lambda device: lambda: True)
+    monkeypatch.setattr(replay, "_program", lambda *_: pytest.fail("it was recorded"))
+    monkeypatch.setenv("VLLM_GEMS_INCLUDE", "default,graphs.*")
+    model = Model(monkeypatch, mixture=True, q_lora=28)
+    expected = model.expected(model.residual)
+    for got, want in zip(model.call(model.residual), expected, strict=True):
+        torch.testing.assert_close(got.double(), want, rtol=0, atol=3e-5)
 
 
 def test_replaced_weights_are_used(monkeypatch: pytest.MonkeyPatch) -> None:

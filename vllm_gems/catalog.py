@@ -70,6 +70,7 @@ class _BuiltIn:
             attention,
             decoder,
             deepseek,
+            graphs,
             layernorm,
             mla,
             mla_step,
@@ -79,7 +80,9 @@ class _BuiltIn:
             sampler,
         )
 
-        modules = layernorm, rotary, activation, attention, decoder, deepseek, moe, mla, mla_step, moe_step, sampler
+        modules = (
+            layernorm, rotary, activation, attention, decoder, deepseek, moe, mla, mla_step, moe_step, sampler, graphs,
+        )  # fmt: skip
         return [patch for module in modules for patch in module.PATCHES]
 
 

@@ -103,13 +103,14 @@ class Policy:
         return f"{int(self.enabled)};{','.join(self.include)};{','.join(self.exclude)}"
 
 
-# By what whole layers take batches that prefill, too, is included: no patch, but a condition of those of layers.
-MIXED = "decoder.mixed"
+# What is included like a patch and is none, but a condition of those of whole layers, until it is measured: that they
+# take batches that prefill, too; that they are captured in CUDA graphs.
+MIXED, CAPTURED = "decoder.mixed", "graphs.layers"
 
 
-def wants_mixed() -> bool:
-    """Whether patches of whole layers take batches that do not only decode: not until that is measured, or named."""
-    return Policy.from_env().refuses(MIXED, default=False) is None
+def wants(condition: str) -> bool:
+    """Whether one of these was named."""
+    return Policy.from_env().refuses(condition, default=False) is None
 
 
 def tuned_folder() -> str:

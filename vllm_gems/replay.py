@@ -19,8 +19,10 @@ from array import array
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import torch
+
 from . import launch as launching
-from .launch import Native
+from .launch import CPU, Native
 from .scratch import arena
 
 # Recordings of one binding that are kept; the oldest goes.
@@ -181,6 +183,41 @@ def _one_by_one(entries: tuple[_Entry, ...], values: tuple[int, ...]) -> None:
             raise RuntimeError(f"{getattr(entry.by, '__name__', 'a function')} returned status {status}")
 
 
+def _capturing(device: int) -> Callable[[], bool]:
+    """Whether a CUDA graph is being captured on the current stream."""
+    if device == CPU:
+        return lambda: False
+    found: Callable[[], bool] = torch._C._cuda_isCurrentStreamCapturing
+    return found
+
+
+def memory_of_a_call(device: int) -> Callable[[], Callable[[int], int]]:
+    """make() -> memory(nbytes) -> the address of so many bytes of PyTorch's allocator, kept as long as `memory` is."""
+    empty = launching.allocator(device, torch.uint8)
+
+    def make() -> Callable[[int], int]:
+        held = []
+
+        def memory(nbytes: int) -> int:
+            held.append(empty(1, nbytes))
+            at: int = held[-1].data_ptr()
+            return at
+
+        return memory
+
+    return make
+
+
+def direct(device: int, launches: Callable[..., None]) -> Callable[[tuple[Any, ...], tuple[int, ...]], None]:
+    """As `bind`, but nothing is recorded: `launches` is called at each run, and launches."""
+    make = memory_of_a_call(device)
+
+    def once(facts: tuple[Any, ...], addresses: tuple[int, ...]) -> None:
+        launches(make(), *facts, *addresses)
+
+    return once
+
+
 def bind(
     device: int, launches: Callable[..., None], most: int = MOST
 ) -> Callable[[tuple[Any, ...], tuple[int, ...]], None]:
@@ -191,10 +228,14 @@ def bind(
     library functions that know of `recording()`. memory(nbytes) -> the address of so many bytes, aligned to 256, that
     stay its own until the last of its launches.
 
+    While a CUDA graph is being captured they are made from Python, in memory of the graph's own: the arena may be
+    another one when that is replayed.
+
     What makes launches in C is compiled now, if it never was. run raises what `launches` raises; then nothing was
     launched.
     """
     _module()
+    capturing, once = _capturing(device), direct(device, launches)
     raw_stream = launching.raw_streams(device)
     ready = launching.readiness(device)
     recordings: dict[Any, _Recording] = {}
@@ -218,6 +259,9 @@ def bind(
         return found
 
     def run(facts: tuple[Any, ...], addresses: tuple[int, ...]) -> None:
+        if capturing():
+            once(facts, addresses)
+            return
         stream = raw_stream(device)
         bits = 0
         for address in addresses:

@@ -46,6 +46,13 @@ def _decoder(name: str, cls: str) -> Seam:
     return Seam(f"layer.{name}_decoder_layer", (place,), layer=f"{module}:{cls}", eager_only=True)
 
 
+def _model(name: str, cls: str) -> Seam:
+    """What calls the model that vLLM compiles, and is not compiled itself."""
+    expects = ("(self, input_ids, positions, intermediate_tensors=None, inputs_embeds=None)",)
+    module = f"vllm.model_executor.models.{name}"
+    return Seam(f"model.{name}", (Place("attribute", module, f"{cls}.forward", expects, "0.17.1-0.33"),))
+
+
 def _part(
     module: str, name: str, signatures: tuple[str, ...], *sources: str, versions: str = "0.17.1-0.33"
 ) -> Place:
@@ -160,6 +167,13 @@ _ALL = (
         (_DEEPSEEK_LAYER,),
         layer=f"{_DEEPSEEK_LAYER.module}:DeepseekV2DecoderLayer",
         eager_only=True,
+    ),
+    *(
+        _model(name, cls)
+        for name, cls in (
+            ("qwen2", "Qwen2ForCausalLM"), ("qwen3", "Qwen3ForCausalLM"), ("llama", "LlamaForCausalLM"),
+            ("qwen3_moe", "Qwen3MoeForCausalLM"), ("deepseek_v2", "DeepseekV2ForCausalLM"),
+        )
     ),
     Seam("layer.attention", (_ATTENTION,), layer=f"{_ATTENTION.module}:Attention", eager_only=True),
     # Compiled by itself, in eager mode too. Kimi-K3's own model calls `fused_grouped_topk` beside it.

@@ -1,6 +1,7 @@
 """Whole decoder layers in a real engine on a GPU: the logits of forced decoding against stock vLLM and float32.
 
-Two layers of each model in their real shapes, in processes of their own.
+Two layers of each model in their real shapes, in processes of their own; in eager mode, prefills too, and in vLLM's
+default mode as what its CUDA graphs of decode steps are captured of.
 """
 
 from __future__ import annotations
@@ -20,3 +21,11 @@ MODELS = {
 def test_logits_are_as_near_to_float32_as_stocks(model: str, tmp_path: Path) -> None:
     record = serve(model, tmp_path, "default,decoder.*")
     assert_answered(record, MODELS[model])
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_logits_of_graphs_that_are_captured_of_them(model: str, tmp_path: Path) -> None:
+    record = serve(model, tmp_path, "default,graphs.*", "--modes", "compiled")
+    rows = {row["patch"]: row for row in record["report"]["compiled"]}
+    for patch in (MODELS[model], MODELS[model].replace("decoder", "graphs")):
+        assert (rows[patch]["hits"] > 0, rows[patch]["errors"]) == (True, 0)

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
+from ..policy import CAPTURED, wants
 from ..seams import PARTS
 
 # The most requests of a decode step; beyond them the GPU, not the host, sets the pace.
@@ -77,8 +78,14 @@ def _transfers_kv() -> bool:
     return state is not None and bool(state.has_kv_transfer_group())
 
 
-def make_step(read: Callable[[Any], Paged | Mixed], metadata: Any, slot_mapping: Any, positions: Any) -> Step:
-    """`read` takes from a backend's metadata what it says. Raises Refused, as `read` does, for a step not for us."""
+def make_step(
+    read: Callable[[Any], Paged | Mixed], metadata: Any, slot_mapping: Any, positions: Any, captured: bool = False
+) -> Step:
+    """`read` takes from a backend's metadata what it says. Raises Refused, as `read` does, for a step not for us.
+
+    captured: whether a step of which a CUDA graph is being captured is one. vLLM has it in tensors that stay where they
+    are; requests that are not there at a replay have no tokens, and no slot.
+    """
     import torch
 
     from ..errors import Refused
@@ -98,7 +105,7 @@ def make_step(read: Callable[[Any], Paged | Mixed], metadata: Any, slot_mapping:
         raise Refused("a batch padded with tokens that are nobody's")
     if slot_mapping.dtype is not torch.int64 or not slot_mapping.is_contiguous():
         raise Refused(f"slot_mapping {slot_mapping.dtype}, not contiguous int64")
-    if capturing():
+    if capturing() and not (captured and isinstance(found, Paged)):
         raise Refused("a CUDA graph is being captured, and the next step's batch is another")
     if _transfers_kv():
         raise Refused("a KV connector waits for every layer")
@@ -121,7 +128,7 @@ class Steps:
     """The last step, or why it is not for us: what one layer found out, the others need not."""
 
     def __init__(self, read: Callable[[Any], Paged | Mixed]) -> None:
-        self._read = read
+        self._read, self._captured = read, wants(CAPTURED)
         self._last: Step | None = None
         self._refused: tuple[Any, Any, str] = (None, None, "")
 
@@ -141,7 +148,7 @@ class Steps:
             raise Refused(refused[2])
         self._last = None
         try:
-            step = self._last = make_step(self._read, metadata, slot_mapping, positions)
+            step = self._last = make_step(self._read, metadata, slot_mapping, positions, self._captured)
         except Refused as refusal:
             self._refused = metadata, positions, str(refusal)
             raise

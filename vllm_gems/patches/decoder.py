@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from ..nouns import Patch
-from ..policy import MIXED, wants_mixed
+from ..policy import MIXED, wants
 from ..seams import KV_CACHE_LAYOUTS
 from . import feed_forward
 from .decode_steps import (
@@ -52,7 +52,7 @@ _KNOWN = {
 _NO_WINDOW = (None, (-1, -1))
 
 
-def _read(metadata: Any, mixed: bool = False) -> Paged | Mixed:
+def read(metadata: Any, mixed: bool = False) -> Paged | Mixed:
     """Raises Refused for a step that is not for us. mixed: whether those are that do not only decode."""
     from ..errors import Refused
 
@@ -179,7 +179,7 @@ def _bind(layer: Any, hidden_states: Any) -> tuple[Callable[..., Any], Callable[
         raise Refused(f"weights of shapes {shapes}")
     project_qkv, project_o = (bind_projection(module, dtype, device) for module in modules)
     block = feed_forward.bind_block(layer.mlp, hidden_states)
-    empty, empty_bytes, itemsize = allocator(device, dtype), allocator(device, torch.uint8), dtype.itemsize
+    empty, new_memory, itemsize = allocator(device, dtype), replay.memory_of_a_call(device), dtype.itemsize
 
     angles = _cache_of(rotary, hidden_states, own_dtype=rotary.use_flashinfer)
     norms = layer.input_layernorm, layer.post_attention_layernorm
@@ -272,13 +272,7 @@ def _bind(layer: Any, hidden_states: Any) -> tuple[Callable[..., Any], Callable[
         hidden_at: int, before_at: int, out_at: int, residual_at: int,
     ) -> None:  # fmt: skip
         """The same with the backend's attention, which takes keys and values from the cache."""
-        rows, held = step.num_tokens, []
-
-        def memory(nbytes: int) -> int:
-            held.append(empty_bytes(1, nbytes))
-            at: int = held[-1].data_ptr()
-            return at
-
+        rows, memory = step.num_tokens, new_memory()
         qkv, attended = empty(rows, qkv_size), empty(rows, q_size)
         more, x_at = (rows, memory, workspace_for(rows, memory)), memory(rows * hidden_size * itemsize)
         before_attention(
@@ -331,7 +325,7 @@ def _bind(layer: Any, hidden_states: Any) -> tuple[Callable[..., Any], Callable[
 def _decoder_layer(original: Any, site: Any) -> Any:
     from ..sites import module_forward
 
-    steps = Steps(functools.partial(_read, mixed=wants_mixed()))
+    steps = Steps(functools.partial(read, mixed=wants(MIXED)))
 
     def settle(layer: Any, positions: Any, hidden_states: Any, residual: Any) -> Callable[..., Any]:
         """The layer's own call(positions, hidden_states, residual)."""

@@ -1,0 +1,89 @@
+"""vLLM's default mode: CUDA graphs of decode steps are captured from whole layers of ours, not from Inductor's code.
+
+There the host does not count, and our layers gain what their kernels gain: few rows are walks through weights at the
+speed of memory, and what lies between them is fused into fewer launches than Inductor makes of it. vLLM itself has a
+way around its compiled code, for models whose inputs vary too much: `ForwardContext.skip_compiled`. It is taken where a
+graph is captured of a batch that only decodes, and in the warm-up before, in which our kernels are compiled. Prefills
+and mixed batches run compiled as ever. Such layers are `decode_steps.CAPTURED`.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from ..nouns import Patch
+from . import decoder, deepseek, mla_step
+from .decode_steps import FEW_ROWS, Mixed
+
+# Beyond, products are cuBLAS's either way.
+_MOST = FEW_ROWS
+
+
+def _layers_refuse(model: Any, layer_refuses: Callable[[Any], str | None]) -> str | None:
+    """None if every layer of a model is one of ours, else why not."""
+    for layer in model.layers:
+        if getattr(type(layer).forward, "__vllm_gems__", None) is None:
+            return f"{type(layer).__name__} is not replaced as a whole"
+        if reason := layer_refuses(layer):
+            return reason
+    return None
+
+
+def _full_graphs(model: Any) -> bool:
+    """Whether decode steps have graphs of the whole model; a backend may have changed that since the model was made."""
+    mode = model.compilation_config.cudagraph_mode
+    return mode is not None and mode.decode_mode().name == "FULL"
+
+
+def _model(read: Callable[[Any], Any], layer_refuses: Callable[[Any], str | None]) -> Callable[[Any, Any], Any]:
+    """How a model's `forward` is replaced; read: as `Steps` takes it."""
+
+    def adapt(original: Any, site: Any) -> Any:
+        from ..errors import Refused
+        from ..sites import module_forward
+
+        def settle(whole: Any, *args: Any, **named: Any) -> Callable[..., Any]:
+            model = whole.model
+            if getattr(model, "do_not_compile", True):
+                raise Refused("a model that vLLM does not compile")
+            if reason := _layers_refuse(model, layer_refuses):
+                raise Refused(reason)
+            context_of = sys.modules["vllm.forward_context"].get_forward_context
+
+            def run(*args: Any, **named: Any) -> Any:
+                context = context_of()
+                if type(context.attn_metadata) is not dict or not context.attn_metadata:
+                    raise Refused("a forward pass without attention metadata of its own for every layer")
+                step = read(next(iter(context.attn_metadata.values())))
+                if isinstance(step, Mixed):
+                    raise Refused("a batch that does not only decode")
+                if step.num_tokens > _MOST:
+                    raise Refused(f"{step.num_tokens} requests, more than {_MOST}")
+                if not _full_graphs(model):
+                    raise Refused("decode steps have no graphs of the whole model")
+                if not hasattr(context, "skip_compiled"):
+                    raise Refused("a vLLM that does not skip its compiled code")
+                before, context.skip_compiled = context.skip_compiled, True
+                try:
+                    return original(whole, *args, **named)
+                finally:
+                    context.skip_compiled = before
+
+            return run
+
+        return module_forward(original, site, settle)
+
+    return adapt
+
+
+def _patch(name: str, read: Callable[[Any], Any], layer_refuses: Callable[[Any], str | None]) -> Patch:
+    gain = "graphs of decode steps have our layers' launches in place of Inductor's"
+    return Patch(f"graphs.{name}", f"model.{name}", (), _model(read, layer_refuses), gain, default=False)
+
+
+PATCHES = (
+    *(_patch(name, decoder.read, decoder.layer_refuses) for name in ("qwen2", "qwen3", "llama", "qwen3_moe")),
+    _patch("deepseek_v2", mla_step.read, deepseek.layer_refuses),
+)
