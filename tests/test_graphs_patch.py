@@ -43,7 +43,7 @@ class Model:
                 raise RuntimeError("out of luck")
             return f"of {input_ids}"
 
-        patch = graphs._patch("qwen2", graphs.decoder.read, lambda layer: refuses)
+        patch = graphs._patch("qwen2", graphs._READ, lambda layer: refuses)
         self.inner: Any = inner
         self.whole = type("Whole", (torch.nn.Module,), {"forward": patch.adapt(original, self.site)})()
         self.whole.model = inner
@@ -78,7 +78,7 @@ def test_what_vllm_skips_by_itself_stays_so(monkeypatch: pytest.MonkeyPatch) -> 
         (lambda model: setattr(model.context, "attn_metadata", None), "without attention metadata"),
         (lambda model: setattr(model.context, "attn_metadata", {}), "without attention metadata"),
         (lambda model: setattr(model.mode, "name", "PIECEWISE"), "no graphs of the whole model"),
-        (lambda model: setattr(model.context, "attn_metadata", {"0": metadata(max_query_len=2)}), "only decode"),
+        (lambda model: setattr(model.context, "attn_metadata", {"0": metadata(max_query_len=2)}), "a batch that does not only decode"),
         (lambda model: setattr(model.context, "attn_metadata", {"0": metadata(num_actual_tokens=65)}), "65 requests"),
         (lambda model: setattr(model.context, "attn_metadata", {"0": metadata(use_cascade=True)}), "cascade"),
     ],

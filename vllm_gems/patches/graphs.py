@@ -9,6 +9,7 @@ and mixed batches run compiled as ever. Such layers are `decode_steps.CAPTURED`.
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -83,7 +84,9 @@ def _patch(name: str, read: Callable[[Any], Any], layer_refuses: Callable[[Any],
     return Patch(f"graphs.{name}", f"model.{name}", (), _model(read, layer_refuses), gain, default=False)
 
 
+_READ = functools.partial(decoder.read, mixed=True)
+
 PATCHES = (
-    *(_patch(name, decoder.read, decoder.layer_refuses) for name in ("qwen2", "qwen3", "llama", "qwen3_moe")),
+    *(_patch(name, _READ, decoder.layer_refuses) for name in ("qwen2", "qwen3", "llama", "qwen3_moe")),
     _patch("deepseek_v2", mla_step.read, deepseek.layer_refuses),
 )
