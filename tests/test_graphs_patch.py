@@ -78,7 +78,7 @@ def test_what_vllm_skips_by_itself_stays_so(monkeypatch: pytest.MonkeyPatch) -> 
         (lambda model: setattr(model.context, "attn_metadata", None), "without attention metadata"),
         (lambda model: setattr(model.context, "attn_metadata", {}), "without attention metadata"),
         (lambda model: setattr(model.mode, "name", "PIECEWISE"), "no graphs of the whole model"),
-        (lambda model: setattr(model.context, "attn_metadata", {"0": metadata(max_query_len=2)}), "a batch that does not only decode"),
+        (lambda model: setattr(model.context, "attn_metadata", {"0": metadata(max_query_len=2)}), "not only decode"),
         (lambda model: setattr(model.context, "attn_metadata", {"0": metadata(num_actual_tokens=65)}), "65 requests"),
         (lambda model: setattr(model.context, "attn_metadata", {"0": metadata(use_cascade=True)}), "cascade"),
     ],

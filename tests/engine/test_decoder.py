@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from engine_runs import DECODER, DENSE, MIXED_TOKENS, REFEREED, ROOT, TOKENS, Run, checked, environment
+from engine_runs import CAN_COMPILE, DECODER, DENSE, MIXED_TOKENS, REFEREED, ROOT, TOKENS, Run, checked, environment
 
 Runs = dict[str, Callable[[], Run]]
 LAYERS = 2
@@ -153,3 +153,16 @@ def test_a_failure_in_the_middle_of_a_layer_harms_nothing(changes: dict[str, Any
     assert failed["state"] == "failed"
     assert "broken on purpose" in failed["why"]
     assert failed["settled_layers"] == 0
+
+
+@pytest.mark.skipif(not CAN_COMPILE, reason="Inductor needs a C++ compiler")
+def test_decode_steps_of_vllms_default_mode_are_ours_if_asked_for(tiny: Path, tmp_path: Path) -> None:
+    """The prefill is compiled, and each step after it goes around the compiled model."""
+    script = str(Path(__file__).parent / "captured_graphs.py")
+    command = [sys.executable, "-W", "ignore", script, str(tiny / "qwen2"), str(tmp_path / "found.json")]
+    variables = {"VLLM_GEMS_INCLUDE": "default,graphs.*", "PYTHONPATH": f"{ROOT / 'tools'}:{ROOT}"}
+    checked(command, tmp_path / "log", environment(tmp_path / "cache", **variables))
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found["ours"] == found["stock"]
+    steps = len(found["ours"][0]) - 1
+    assert found["rows"] == {"graphs.qwen2": [steps, 0], "decoder.qwen2": [steps * LAYERS, 0]}
