@@ -137,7 +137,7 @@ def test_hooks_on_a_part_and_on_the_shared_experts_are_seen(monkeypatch: pytest.
     ("change", "words"),
     [
         (lambda x: x.half(), "hidden_states torch.float16"),
-        (lambda x: x.repeat(1, 2)[:, :HIDDEN], "tokens of strides"),
+        (lambda x: x.repeat(1, 2)[:, :HIDDEN], "of strides"),
         (lambda x: x.repeat(300, 1), "600 tokens"),
         (lambda x: x[:0], "0 tokens"),
     ],

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
+from ..errors import Refused, Unsettled
 from ..policy import CAPTURED, wants
 from ..seams import PARTS
 
@@ -88,8 +89,6 @@ def make_step(
     """
     import torch
 
-    from ..errors import Refused
-
     if metadata is None:
         raise Refused("a forward pass without attention metadata (vLLM measures its memory)")
     found = read(metadata)
@@ -133,8 +132,6 @@ class Steps:
         self._refused: tuple[Any, Any, str] = (None, None, "")
 
     def _of(self, metadata: Any, slot_mapping: Any, positions: Any) -> Step:
-        from ..errors import Refused
-
         step = self._last
         if (
             step is not None
@@ -164,8 +161,6 @@ class Steps:
 
         The function raises Refused for a step that is not for us, and while any module of the layer has hooks.
         """
-        from ..errors import Refused
-
         name, hooks, step_of = attention.layer_name, Hooks(layer), self._of
         context_of = sys.modules["vllm.forward_context"].get_forward_context
         prepared: Any = None
@@ -338,6 +333,25 @@ def parameters_of(layer: Any) -> list[Kept]:
     ]
 
 
+def check_kept(known: Iterable[Kept]) -> None:
+    """Raises Unsettled if a parameter is another one than when a layer was settled."""
+    for table, name, tensor in known:
+        if table.get(name) is not tensor:
+            raise Unsettled("weights that were replaced")
+
+
+def rows_like(hidden_states: Any) -> Callable[[str, Any, int], None]:
+    """check(name, x, rows), which raises Refused unless x is so many contiguous rows of what `hidden_states` has."""
+    dtype, device, hidden_size = hidden_states.dtype, hidden_states.get_device(), hidden_states.shape[-1]
+
+    def check(name: str, x: Any, rows: int) -> None:
+        if x.dtype is not dtype or x.shape != (rows, hidden_size) or x.get_device() != device or not x.is_contiguous():
+            found = f"{x.dtype} {tuple(x.shape)} of strides {x.stride()} on {x.device}"
+            raise Refused(f"{name} {found} for {rows} rows of {hidden_size} {dtype}")
+
+    return check
+
+
 def addresses_of(*tensors: Any) -> tuple[int, ...]:
     """Read at each call, because loading may move what a parameter holds; 0 for None.
 
@@ -380,7 +394,6 @@ def bind_projection(linear: Any, dtype: Any, device: int, gated: bool = False) -
     many rows of weights in float8, or where there is no cuBLASLt.
     """
     from ..cublaslt import bind_product
-    from ..errors import Refused
     from ..kernels.activation import bind_gated_rows
     from ..kernels.linear import Shape, bind_linear
 
@@ -414,7 +427,6 @@ def bind_projection(linear: Any, dtype: Any, device: int, gated: bool = False) -
 
 def _bind_block_fp8(linear: Any, dtype: Any, device: int, gated: bool) -> Callable[..., None]:
     """As `bind_projection`, for a layer whose weight is in float8 with a scale for each block."""
-    from ..errors import Refused
     from ..kernels.block_fp8_linear import bind_block_fp8_linear, parts_refuse
     from ..kernels.linear import Shape
 

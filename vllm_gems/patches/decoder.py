@@ -13,6 +13,7 @@ import functools
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
+from ..errors import Refused
 from ..nouns import Patch
 from ..policy import MIXED, wants
 from ..seams import KV_CACHE_LAYOUTS
@@ -26,6 +27,7 @@ from .decode_steps import (
     Steps,
     addresses_of,
     bind_projection,
+    check_kept,
     first_refusal,
     is_one_of,
     linear_refuses,
@@ -35,6 +37,7 @@ from .decode_steps import (
     part_refuses,
     read_of,
     rotary_refuses,
+    rows_like,
     source_hash,
     unknown_field,
     workspace_for,
@@ -54,8 +57,6 @@ _NO_WINDOW = (None, (-1, -1))
 
 def read(metadata: Any, mixed: bool = False) -> Paged | Mixed:
     """Raises Refused for a step that is not for us. mixed: whether those are that do not only decode."""
-    from ..errors import Refused
-
     if type(metadata).__name__ != "FlashAttentionMetadata":
         raise Refused(f"attention metadata of {type(metadata).__name__}")
     if metadata.max_query_len != 1:
@@ -132,8 +133,6 @@ class _Cache(NamedTuple):
 
 
 def _settle_cache(kv_cache: Any, layout: Callable[[Any, int], tuple[Any, Any]], head_size: int, like: Any) -> _Cache:
-    from ..errors import Refused
-
     if kv_cache.dtype is not like.dtype or kv_cache.device != like.device or kv_cache.numel() == 0:
         raise Refused(f"a KV cache in {kv_cache.dtype} on {kv_cache.device}, hidden states in {like.dtype}")
     key, value = layout(kv_cache, head_size)
@@ -154,7 +153,6 @@ def _bind(layer: Any, hidden_states: Any) -> tuple[Callable[..., Any], Callable[
     import torch
 
     from .. import replay
-    from ..errors import Refused, Unsettled
     from ..kernels.decode_attention import Heads, bind_decode_attention, splits
     from ..kernels.rms_norm import bind_norm_rows
     from ..kernels.rope_and_cache import Attention, bind_rope_and_cache
@@ -204,7 +202,7 @@ def _bind(layer: Any, hidden_states: Any) -> tuple[Callable[..., Any], Callable[
         *(tensor for module in modules for tensor in read_of(module)), q_weight, k_weight, input_weight, post_weight,
         *block.read,
     )  # fmt: skip
-    plainly = torch._C.DisableTorchFunctionSubclass
+    plainly, check = torch._C.DisableTorchFunctionSubclass, rows_like(hidden_states)
 
     cache: _Cache | None = None
     write: Callable[..., None]
@@ -289,16 +287,10 @@ def _bind(layer: Any, hidden_states: Any) -> tuple[Callable[..., Any], Callable[
         rows = step.num_tokens
         if rows > (limit := most if step.only_decodes else most_mixed):
             raise Refused(f"{rows} rows of a layer with experts or in float8, more than {limit}")
-        for name, x in (("hidden_states", hidden_states), ("residual", residual)):
-            if x is None:
-                continue
-            if x.dtype is not dtype or x.shape != (rows, hidden_size) or x.get_device() != device:
-                raise Refused(f"{name} {x.dtype} {tuple(x.shape)} on {x.device} for {rows} tokens")
-            if not x.is_contiguous():
-                raise Refused(f"{name} of strides {x.stride()}")
-        for table, name, tensor in known:
-            if table[name] is not tensor:
-                raise Unsettled("weights that were replaced")
+        check("hidden_states", hidden_states, rows)
+        if residual is not None:
+            check("residual", residual, rows)
+        check_kept(known)
         if cache is None or cache.tensor is not kv_cache:
             settle_cache(kv_cache)
         with plainly():

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from ..errors import Refused
 from ..nouns import Patch
 from . import feed_forward, mla_step
 from .decode_steps import (
@@ -16,11 +17,13 @@ from .decode_steps import (
     Step,
     Steps,
     addresses_of,
+    check_kept,
     first_refusal,
     most_rows,
     norm_refuses,
     parameters_of,
     part_refuses,
+    rows_like,
 )
 
 # Which layers are for us
@@ -52,7 +55,6 @@ def _bind(layer: Any, hidden_states: Any) -> tuple[Callable[..., Any], Callable[
     import torch
 
     from .. import replay
-    from ..errors import Refused, Unsettled
     from ..kernels.rms_norm import bind_norm_rows
     from ..launch import allocator
 
@@ -74,7 +76,7 @@ def _bind(layer: Any, hidden_states: Any) -> tuple[Callable[..., Any], Callable[
     read = norms[0].weight, norms[1].weight, *attention.read, *block.read
     after = 2 + len(attention.read)
     empty, row_bytes = allocator(device, dtype), hidden_size * dtype.itemsize
-    plainly = torch._C.DisableTorchFunctionSubclass
+    plainly, check = torch._C.DisableTorchFunctionSubclass, rows_like(hidden_states)
 
     def launches(
         memory: Memory, rows: int, facts: tuple[int, ...], is_first: bool, cache_at: int, read_at: tuple[int, ...],
@@ -101,18 +103,12 @@ def _bind(layer: Any, hidden_states: Any) -> tuple[Callable[..., Any], Callable[
         rows = step.num_tokens
         if rows > most:
             raise Refused(f"{rows} requests of a layer in float8, more than {most}")
-        for name, x in (("hidden_states", hidden_states), ("residual", residual)):
-            if x is None:
-                continue
-            if x.dtype is not dtype or x.shape != (rows, hidden_size) or x.get_device() != device:
-                raise Refused(f"{name} {x.dtype} {tuple(x.shape)} on {x.device} for {rows} requests")
-            if not x.is_contiguous():
-                raise Refused(f"{name} of strides {x.stride()}")
+        check("hidden_states", hidden_states, rows)
+        if residual is not None:
+            check("residual", residual, rows)
         if impl.dcp_world_size != 1:  # until 0.26 known from the first prefill on
             raise Refused("decode context parallelism")
-        for table, name, tensor in known:
-            if table.get(name) is not tensor:
-                raise Unsettled("weights that were replaced")
+        check_kept(known)
         if kv_cache is not cache:
             prepare(kv_cache)
         with plainly():
@@ -133,7 +129,6 @@ def _bind(layer: Any, hidden_states: Any) -> tuple[Callable[..., Any], Callable[
 
 
 def _decoder_layer(original: Any, site: Any) -> Any:
-    from ..errors import Refused
     from ..sites import module_forward
 
     steps = Steps(mla_step.read)

@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+from ..errors import Refused
 from ..nouns import Patch
 from . import decoder, deepseek, mla_step
 from .decode_steps import FEW_ROWS, Mixed
@@ -42,7 +43,6 @@ def _model(read: Callable[[Any], Any], layer_refuses: Callable[[Any], str | None
     """How a model's `forward` is replaced; read: as `Steps` takes it."""
 
     def adapt(original: Any, site: Any) -> Any:
-        from ..errors import Refused
         from ..sites import module_forward
 
         def settle(whole: Any, *args: Any, **named: Any) -> Callable[..., Any]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
+from ..errors import Refused
 from ..nouns import Patch
 from .decode_steps import (
     Kept,
@@ -20,6 +21,7 @@ from .decode_steps import (
     Steps,
     addresses_of,
     bind_projection,
+    check_kept,
     first_refusal,
     is_one_of,
     linear_refuses,
@@ -29,6 +31,7 @@ from .decode_steps import (
     part_refuses,
     read_of,
     rotary_refuses,
+    rows_like,
     unknown_field,
     workspace_for,
 )
@@ -44,8 +47,6 @@ _KNOWN_OF_DECODE = {"block_table", "seq_lens", "dcp_tot_seq_lens"}
 
 def read(metadata: Any) -> Paged:
     """Raises Refused for a step that is not for us."""
-    from ..errors import Refused
-
     if type(metadata).__name__ != "MLACommonMetadata":
         raise Refused(f"attention metadata of {type(metadata).__name__}")
     decode, rows = metadata.decode, metadata.num_actual_tokens
@@ -144,7 +145,6 @@ def bind_block(layer: Any, hidden_states: Any) -> Block:
     """Raises Refused for a block that is not made of what is settled here."""
     import torch
 
-    from ..errors import Refused
     from ..kernels.head_linear import HeadShape, along_out, bind_head_linear
     from ..kernels.mla_decode import Latents, bind_mla_decode, shares
     from ..kernels.mla_rope_and_cache import Projected, bind_mla_rope_and_cache
@@ -268,12 +268,12 @@ def _bind(layer: Any, hidden_states: Any) -> tuple[Callable[..., Any], Callable[
     import torch
 
     from .. import replay
-    from ..errors import Refused, Unsettled
     from ..launch import allocator
 
     block, impl = bind_block(layer, hidden_states), layer.mla_attn.impl
     dtype, device, hidden_size = hidden_states.dtype, hidden_states.get_device(), hidden_states.shape[-1]
     empty, plainly = allocator(device, dtype), torch._C.DisableTorchFunctionSubclass
+    check = rows_like(hidden_states)
     most = most_rows(block.known)
     cache: Any = None
     run: Callable[[tuple[Any, ...], tuple[int, ...]], None]
@@ -287,17 +287,10 @@ def _bind(layer: Any, hidden_states: Any) -> tuple[Callable[..., Any], Callable[
         rows = step.num_tokens
         if rows > most:
             raise Refused(f"{rows} requests of a layer in float8, more than {most}")
-        if (
-            hidden_states.dtype is not dtype
-            or hidden_states.shape != (rows, hidden_size)
-            or not hidden_states.is_contiguous()
-        ):
-            raise Refused(f"hidden_states {hidden_states.dtype} {tuple(hidden_states.shape)} for {rows} requests")
+        check("hidden_states", hidden_states, rows)
         if impl.dcp_world_size != 1:  # until 0.26 known from the first prefill on
             raise Refused("decode context parallelism")
-        for table, name, tensor in block.known:
-            if table.get(name) is not tensor:
-                raise Unsettled("weights that were replaced")
+        check_kept(block.known)
         if kv_cache is not cache:
             prepare(kv_cache)
         with plainly():
@@ -316,7 +309,6 @@ def _bind(layer: Any, hidden_states: Any) -> tuple[Callable[..., Any], Callable[
 
 
 def _decode_step(original: Any, site: Any) -> Any:
-    from ..errors import Refused
     from ..sites import module_forward
 
     steps = Steps(read)

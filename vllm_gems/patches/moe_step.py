@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
+from ..errors import Refused
 from ..nouns import Patch
 from .decode_steps import (
     Hooks,
@@ -19,6 +20,7 @@ from .decode_steps import (
     addresses_of,
     bind_projection,
     block_fp8_refuses,
+    check_kept,
     first_refusal,
     is_one_of,
     linear_refuses,
@@ -26,6 +28,7 @@ from .decode_steps import (
     parameters_of,
     part_refuses,
     read_of,
+    rows_like,
     workspace_for,
 )
 
@@ -154,7 +157,6 @@ def bind_block(runner: Any, hidden_states: Any) -> Block:
     """Raises Refused for a mixture that is not made of what is settled here."""
     import torch
 
-    from ..errors import Refused
     from ..kernels.block_fp8_experts import bind_block_fp8_experts, experts_refuse
     from ..kernels.moe_experts import Experts, bind_moe_experts
     from ..kernels.moe_routing import Routing, bind_routing
@@ -230,25 +232,21 @@ def _bind(runner: Any, hidden_states: Any) -> Callable[[Any], Any]:
     import torch
 
     from .. import replay
-    from ..errors import Refused, Unsettled
     from ..kernels.moe_experts import MAX_TOKENS
     from ..launch import allocator
 
     block = bind_block(runner, hidden_states)
     dtype, device, hidden_size = hidden_states.dtype, hidden_states.get_device(), hidden_states.shape[-1]
     empty, plainly = allocator(device, dtype), torch._C.DisableTorchFunctionSubclass
-    run = replay.bind(device, block.launches)
+    run, check = replay.bind(device, block.launches), rows_like(hidden_states)
     most = min(MAX_TOKENS, most_rows(block.known))
 
     def call(x: Any) -> Any:
         num_tokens = x.shape[0]
-        if x.dtype is not dtype or x.shape != (num_tokens, hidden_size) or x.get_device() != device:
-            raise Refused(f"hidden_states {x.dtype} {tuple(x.shape)} on {x.device}")
-        if not 0 < num_tokens <= most or not x.is_contiguous():
-            raise Refused(f"{num_tokens} tokens of strides {x.stride()}, not 1 to {most} contiguous ones")
-        for table, name, tensor in block.known:
-            if table[name] is not tensor:
-                raise Unsettled("weights that were replaced")
+        check("hidden_states", x, num_tokens)
+        if not 0 < num_tokens <= most:
+            raise Refused(f"{num_tokens} tokens, not 1 to {most}")
+        check_kept(block.known)
         with plainly():
             read_at = addresses_of(*block.read)
         out = empty(num_tokens, hidden_size)
@@ -259,7 +257,6 @@ def _bind(runner: Any, hidden_states: Any) -> Callable[[Any], Any]:
 
 
 def _mixture(original: Any, site: Any) -> Any:
-    from ..errors import Refused
     from ..sites import module_forward
     from .decode_steps import capturing
 
