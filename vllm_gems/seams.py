@@ -74,17 +74,17 @@ _LATENT_ATTENTION = _part(
 )  # fmt: skip
 _DEEPSEEK_LAYER = _part(
     "model_executor.models.deepseek_v2", "DeepseekV2DecoderLayer.forward",
-    ("(self, positions, hidden_states, residual, llama_4_scaling=None)",), "8d7b33e35a4e1da3", versions="0.26.0-0.33",
+    ("(self, positions, hidden_states, residual, llama_4_scaling=None)",), "8d7b33e35a4e1da3", versions="0.25-0.33",
 )  # fmt: skip
 _MOE = "model_executor.layers.fused_moe"
-_SINCE_MOE = "0.24.0-0.33"
+_SINCE_MOE = "0.24-0.33"
 _MIXTURE = _part(
     f"{_MOE}.runner.moe_runner", "MoERunner.forward",
     (
         "(self, hidden_states, router_logits, input_ids=None, shared_experts_input=None)",
         "(self, hidden_states, router_logits, input_ids=None)",  # until 0.26
     ),
-    "0d650e8f0d896602", "9c4fee9fda110ff8", versions=_SINCE_MOE,
+    "0d650e8f0d896602", "9c4fee9fda110ff8", "cead3b01c4c23839", versions=_SINCE_MOE,
 )  # fmt: skip
 _ROUTE = ("(self, hidden_states, router_logits, indices_type, *, input_ids=None)",)
 _SELECT = ("(self, hidden_states, router_logits, topk_indices_dtype=None, *, input_ids=None)",)
@@ -92,6 +92,7 @@ _TRITON_MLA = _part(
     "v1.attention.backends.mla.triton_mla", "TritonMLAImpl.forward_mqa",
     ("(self, q, kv_c_and_k_pe_cache, attn_metadata, layer)",),
     "bacbf89dda890a57", "5ab6292374bd0acd", "1d2237cca1baf68f", "bebbe3ef519319ce", "da2d1a5b580e450c",
+    "f700d6ac56d30068", "35742a01276b9498",
 )  # fmt: skip
 _ROTARY = "(self, positions, query, key=None)"
 _ROTARY_OFFSETS = "(self, positions, query, key=None, offsets=None)"
@@ -116,7 +117,7 @@ _ALL = (
     _layer("layer.gelu_quick", "activation", "QuickGELU", "(self, x)"),
     _layer("layer.fatrelu_and_mul", "activation", "FatreluAndMul", "(self, x)"),
     _layer("layer.swigluoai_and_mul", "activation", "SwigluOAIAndMul", "(self, x)"),
-    _layer("layer.silu_and_mul_with_clamp", "activation", "SiluAndMulWithClamp", "(self, x)", since="0.20.2"),
+    _layer("layer.silu_and_mul_with_clamp", "activation", "SiluAndMulWithClamp", "(self, x)", since="0.20"),
     # The weight became optional in 0.24.
     _op(
         "rms_norm",
@@ -155,7 +156,7 @@ _ALL = (
         "silu_and_mul_with_clamp",
         "(Tensor!, Tensor, float, float=1.0, float=0.0) -> ()",
         "(Tensor!, Tensor, float) -> ()",
-        since="0.20.2",
+        since="0.20",
         layer="activation:SiluAndMulWithClamp",
     ),
     _decoder("qwen2", "Qwen2DecoderLayer"),
@@ -207,7 +208,7 @@ _ALL = (
             _part(
                 "v1.sample.ops.topk_topp_sampler", "apply_top_k_top_p",
                 ("(logits, k, p)", "(logits, k, p, has_topp_only_rows=True)"),  # 0.33
-                "486ddf78855eb514", "9003c2bd8dff0fa9", "2383a0dee300cca0", "6948048b85a972bb",
+                "486ddf78855eb514", "9003c2bd8dff0fa9", "2383a0dee300cca0", "6948048b85a972bb", "708009ff69301ba5",
             ),
         ),
     ),
@@ -220,7 +221,7 @@ _ALL = (
                 "vllm.ir.ops.layernorm",
                 "rms_norm",
                 ("(x, weight, epsilon, variance_size=None)",),
-                "0.20.2-0.33",
+                "0.20-0.33",
             ),
         ),
     ),
@@ -232,7 +233,7 @@ _ALL = (
                 "vllm.ir.ops.layernorm",
                 "fused_add_rms_norm",
                 ("(x, x_residual, weight, epsilon, variance_size=None)",),
-                "0.22.1-0.33",
+                "0.21-0.33",
             ),
         ),
     ),
@@ -293,7 +294,7 @@ PARTS: dict[str, tuple[Place, ...]] = {
         ),
         _part(
             "model_executor.models.deepseek_v2", "DeepSeekV2FusedQkvAProjLinear.forward", _LINEAR, "d936727262c1b057",
-            versions="0.20.2-0.33",
+            versions="0.18-0.33",
         ),
     ),
     "linear method": (
@@ -313,14 +314,14 @@ PARTS: dict[str, tuple[Place, ...]] = {
         _part(
             "model_executor.kernels.linear.scaled_mm.BlockScaledMMLinearKernel",
             "Fp8BlockScaledMMLinearKernel.apply_weights", ("(self, layer, x, bias=None, **kwargs)",),
-            "6d24c064b6461230", "e27b8d7e3c314077", versions=_SINCE_MOE,
+            "6d24c064b6461230", "e27b8d7e3c314077", versions="0.23-0.33",
         ),
     ),
     "float8 method of Fp8MoEMethod": (
         _part(
             "model_executor.layers.quantization.fp8", "Fp8MoEMethod.apply",
             ("(self, layer, x, topk_weights, topk_ids, shared_experts, shared_experts_input)",),
-            "9a11d2b8a6c73e2b", "41937bf9df30c4ca", versions=_SINCE_MOE,
+            "9a11d2b8a6c73e2b", "41937bf9df30c4ca", versions="0.22-0.33",
         ),
     ),
     # Since 0.33 somebody may be given what the experts make before it is weighted.
@@ -332,7 +333,8 @@ PARTS: dict[str, tuple[Place, ...]] = {
                 "expert_map, a1q_scale, a2_scale, workspace13, workspace2, expert_tokens_meta, "
                 "apply_router_weight_on_input)",
             ),
-            "6a281cf6d2fa9d56", "500a0016e8b2e0c9", "61244d048ec16925", "ff575783dcd39ff3", versions="0.24.0-0.32",
+            "6a281cf6d2fa9d56", "500a0016e8b2e0c9", "61244d048ec16925", "ff575783dcd39ff3", "4faefa6853b47800",
+            versions="0.24-0.32",
         ),
     ),
     "attention layer": (_ATTENTION,),
@@ -346,7 +348,8 @@ PARTS: dict[str, tuple[Place, ...]] = {
                 "output_block_scale=None)",  # until 0.17
             ),
             "14197e1ebb204d73", "9c8958fbdbf2cfeb", "b1186d22fb3441d5", "bf43cc403ef97a8a", "df1de8d4e28bad6e",
-            "a1fea64751ea1b3e",
+            "a1fea64751ea1b3e", "bd3b5363a117f3d6", "a3a7fe9aac8f09fa", "92ff78b58d467421", "b114e81fe1fff75f",
+            "f3a16c2d375cf042", "03a36689f7b8cfc0",
         ),
     ),
     "cache write": (
@@ -366,11 +369,11 @@ PARTS: dict[str, tuple[Place, ...]] = {
         _part(
             "model_executor.models.deepseek_v2", "DeepseekV2MoE.forward",
             ("(self, hidden_states, already_sequence_parallel=False)",),
-            "90509013216f9848", "5c1892e99174ef9a", versions="0.26.0-0.33",
+            "90509013216f9848", "5c1892e99174ef9a", versions="0.25-0.33",
         ),
         _part(
             "model_executor.models.qwen3_moe", "Qwen3MoeSparseMoeBlock.forward", ("(self, hidden_states)",),
-            "487556e8efc32345", "72bf7ced59d75b78", versions="0.20.2-0.33",
+            "487556e8efc32345", "72bf7ced59d75b78", versions="0.20-0.33",
         ),
     ),
     "mixture _forward_impl": (
@@ -394,17 +397,17 @@ PARTS: dict[str, tuple[Place, ...]] = {
     "mixture _maybe_apply_routed_scale_to_output": (
         _part(
             f"{_MOE}.runner.moe_runner", "MoERunner._maybe_apply_routed_scale_to_output",
-            ("(self, shared_output, fused_output)",), "720e93552c22e536", versions="0.20.2-0.33",
+            ("(self, shared_output, fused_output)",), "720e93552c22e536", versions="0.20-0.33",
         ),
     ),
     "router": (
         _part(
             f"{_MOE}.router.fused_topk_router", "FusedTopKRouter._compute_routing", _ROUTE, "426f44a3b500b0ba",
-            versions="0.20.2-0.33",
+            versions="0.20-0.33",
         ),
         _part(
             f"{_MOE}.router.grouped_topk_router", "GroupedTopKRouter._compute_routing", _ROUTE,
-            "357398f7410bd090", "f44166e3780c585d", versions="0.20.2-0.33",
+            "357398f7410bd090", "f44166e3780c585d", versions="0.20-0.33",
         ),
     ),
     "router's selection": (
@@ -423,7 +426,7 @@ PARTS: dict[str, tuple[Place, ...]] = {
         _part(
             f"{_MOE}.router.gate_linear", "GateLinear.forward", ("(self, x)",),
             "92b69b09a5db534e", "10320e3b2abc2421", "801aacfd8a1ba7f1", "96b3e5c85e0addde", "fbfcb4e79e9ded5b",
-            versions=_SINCE_MOE,
+            "c2c7b353306ad332", versions=_SINCE_MOE,
         ),
     ),
     "latent attention layer": (
@@ -434,6 +437,7 @@ PARTS: dict[str, tuple[Place, ...]] = {
                 "(self, q, kv_c_normed, k_pe, output_shape=None)",  # until 0.26
             ),
             "083ce380ac708f58", "cf40340db7e24650", "4e79e0073e9329f0", "caeb3a01c9ce8760", "00ab686e11d7d885",
+            "fce20f346ec6ca76", "a90141d0d0beb822",
         ),
     ),
     "latent attention": (
@@ -445,7 +449,8 @@ PARTS: dict[str, tuple[Place, ...]] = {
                 f"{_FORWARD_IMPL}, output=None, output_scale=None, output_block_scale=None)",  # until 0.17
             ),
             "e627cd63549810c5", "b1e6894096948f3b", "0b2c445e5d5e3f74", "924392a1c47215ad", "02bf7de7cddf146f",
-            "51c88e615ad3871f", "3f4b682ac81e1071",
+            "51c88e615ad3871f", "3f4b682ac81e1071", "df31b52c0f47ef73", "7501a03592d00b03", "9a53a2b416432fd7",
+            "0bbabf986b5936d5", "e10759ff2f2aab26", "4b53183ee3f104de",
         ),
     ),
     "latent values": (
