@@ -464,7 +464,7 @@ PARTS: dict[str, tuple[Place, ...]] = {
         _part(
             _MLA, "MLAAttention.update_kv_cache",
             ("(self, kv_c_normed, k_pe, kv_cache, slot_mapping, attn_metadata, kv_cache_dtype, k_scale)",),
-            "71b577e8ad363bfd", "88e079aa0f0ce214", versions="0.32.0-0.33",
+            "71b577e8ad363bfd", "88e079aa0f0ce214", "7e2bcc96e72c3279", versions="0.30-0.33",
         ),
     ),
     "latent attention implementation": (_TRITON_MLA,),
