@@ -81,8 +81,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a scri
 
 from benchmarks import measure
 from benchmarks.models import MIXTURE, MODELS, Model
-from vllm_gems import policy
 from vllm_gems.patches.decode_steps import MAX_MIXED, MAX_REQUESTS
+from vllm_gems.policy import MIXED as MIXED_BATCHES
+from vllm_gems.policy import Policy
 
 PROMPT = 64
 WARMUP = 8  # steps of a burst that are not timed, the prefill among them
@@ -888,7 +889,8 @@ def wrong_hits(model: Model, found: dict[str, dict[str, Any]], off: set[str]) ->
             continue
         answering = (set(model.calls) - off) | ({*model.wholes, MIXTURE} & set(each["hits"]))
         prefilled = PROMPT * (1 if case == "long" else int(case))
-        mixed = policy.wants(policy.MIXED) and prefilled <= (MAX_REQUESTS if model.experts else MAX_MIXED)
+        most = (MAX_REQUESTS if model.experts else MAX_MIXED) if Policy.from_env().wants(MIXED_BATCHES) else 0
+        mixed = prefilled <= most
         for patch, count in model.expected(each["steps"] - 1, answering, mixed).items():
             got = each["hits"].get(patch, 0)
             if got != count:

@@ -77,8 +77,9 @@ class Model:
     """A layer with the patch around its forward, and the step that it is called in: so many tokens of each request."""
 
     def __init__(
-        self, monkeypatch: pytest.MonkeyPatch, mixture: bool, qk_norm: bool, tokens: tuple[int, ...] = DECODES
-    ) -> None:
+        self, monkeypatch: pytest.MonkeyPatch, mixture: bool, qk_norm: bool, tokens: tuple[int, ...] = DECODES,
+        asked: bool = True,
+    ) -> None:  # fmt: skip
         torch.manual_seed(0)
         monkeypatch.setattr(test_moe_step, "HIDDEN", HIDDEN)
         monkeypatch.setattr(decoder, "layer_refuses", lambda layer: None)
@@ -104,7 +105,7 @@ class Model:
         context = SimpleNamespace(attn_metadata={name: metadata}, slot_mapping={name: self.slots})
         forward_context = SimpleNamespace(get_forward_context=lambda: context)
         monkeypatch.setitem(sys.modules, "vllm.forward_context", forward_context)
-        self.site = Site("decoder.qwen3_moe" if mixture else "decoder.qwen3")
+        self.site = Site("decoder.qwen3_moe" if mixture else "decoder.qwen3", wants=lambda condition: asked)
         self.mixture = test_moe_step.Model(monkeypatch, shared=False) if mixture else None
 
         class Layer(torch.nn.Module):
@@ -160,7 +161,6 @@ class Model:
 def test_a_step_is_right(
     monkeypatch: pytest.MonkeyPatch, mixture: bool, qk_norm: bool, tokens: tuple[int, ...]
 ) -> None:
-    monkeypatch.setenv("VLLM_GEMS_INCLUDE", "decoder.*")
     model = Model(monkeypatch, mixture, qk_norm, tokens)
     hidden, before = model.hidden.clone(), model.residual.clone()
     for residual in (None, model.residual, model.residual):
@@ -176,9 +176,8 @@ def test_a_step_is_right(
 def test_what_a_graph_captures_is_right_and_not_recorded(monkeypatch: pytest.MonkeyPatch, mixture: bool) -> None:
     monkeypatch.setattr(decode_steps, "capturing", lambda: True)
     monkeypatch.setattr(replay, "_capturing", lambda device: lambda: True)
-    for include, captured in (("default", False), ("default,graphs.*", True)):
-        monkeypatch.setenv("VLLM_GEMS_INCLUDE", include)
-        model = Model(monkeypatch, mixture, qk_norm=True)
+    for captured in (False, True):
+        model = Model(monkeypatch, mixture, qk_norm=True, asked=captured)
         monkeypatch.setattr(replay, "_program", lambda *_: pytest.fail("it was recorded"))
         if not captured:
             assert model.call(model.residual) == "the original"
@@ -203,8 +202,7 @@ def test_replaced_experts_are_used(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_batches_that_do_not_only_decode_are_left_to_vllm_until_they_are_asked_for(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.delenv("VLLM_GEMS_INCLUDE", raising=False)
-    model = Model(monkeypatch, mixture=False, qk_norm=False, tokens=MIXED)
+    model = Model(monkeypatch, mixture=False, qk_norm=False, tokens=MIXED, asked=False)
     assert model.call(model.residual) == "the original"
     (reason,) = model.site.declined
     assert reason == "a batch that does not only decode; VLLM_GEMS_INCLUDE=default,decoder.mixed takes it"
@@ -212,7 +210,6 @@ def test_batches_that_do_not_only_decode_are_left_to_vllm_until_they_are_asked_f
 
 def test_a_failure_in_attention_leaves_what_the_layer_was_given(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that the original can begin anew."""
-    monkeypatch.setenv("VLLM_GEMS_INCLUDE", "decoder.*")
     model = Model(monkeypatch, mixture=False, qk_norm=False, tokens=MIXED)
     hidden, residual = model.hidden.clone(), model.residual.clone()
     monkeypatch.setattr(Implementation, "forward", lambda *_, **__: 1 // 0)

@@ -45,7 +45,7 @@ class Model:
         monkeypatch.setattr(deepseek, "layer_refuses", lambda layer: None)
         self.attention = test_mla_step.Model(monkeypatch, 3, q_lora)
         self.mixture = test_moe_step.Model(monkeypatch) if mixture else None
-        self.site = Site("decoder.deepseek_v2")
+        self.site = Site("decoder.deepseek_v2", wants=lambda condition: True)
 
         class Layer(torch.nn.Module):
             forward = deepseek.PATCHES[0].adapt(original, self.site)
@@ -98,7 +98,6 @@ def test_what_a_graph_captures_is_right(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(decode_steps, "capturing", lambda: True)
     monkeypatch.setattr(replay, "_capturing", lambda device: lambda: True)
     monkeypatch.setattr(replay, "_program", lambda *_: pytest.fail("it was recorded"))
-    monkeypatch.setenv("VLLM_GEMS_INCLUDE", "default,graphs.*")
     model = Model(monkeypatch, mixture=True, q_lora=28)
     expected = model.expected(model.residual)
     for got, want in zip(model.call(model.residual), expected, strict=True):

@@ -98,6 +98,10 @@ class Policy:
         """Whether this very patch was asked for, by name or glob."""
         return any(fnmatchcase(name, glob) for glob in self.include)
 
+    def wants(self, condition: str) -> bool:
+        """Whether `MIXED` or `CAPTURED` was asked for."""
+        return self.refuses(condition, default=False) is None
+
     def fingerprint(self) -> str:
         """A text that differs whenever the set of wanted patches may differ; a salt for compile caches."""
         return f"{int(self.enabled)};{','.join(self.include)};{','.join(self.exclude)}"
@@ -106,11 +110,6 @@ class Policy:
 # What is included like a patch and is none, but a condition of those of whole layers, until it is measured: that they
 # take batches that prefill, too; that they are captured in CUDA graphs.
 MIXED, CAPTURED = "decoder.mixed", "graphs.layers"
-
-
-def wants(condition: str) -> bool:
-    """Whether one of these was named."""
-    return Policy.from_env().refuses(condition, default=False) is None
 
 
 def tuned_folder() -> str:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import random
 import sys
 from pathlib import Path
@@ -96,8 +95,7 @@ def main() -> None:
         "forward_is_the_original": Qwen2DecoderLayer.forward is original is wrapped,
     }
 
-    os.environ["VLLM_GEMS_EXCLUDE"] = ""
-    vllm_gems.apply_gems_patches_to_vllm()
+    vllm_gems.apply_gems_patches_to_vllm(exclude="")  # over what the environment has: decoder.mixed
     found["mixed"] = tried()
     vllm_gems.remove_gems_patches_from_vllm()
 

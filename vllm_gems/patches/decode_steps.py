@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 from ..errors import Refused, Unsettled
-from ..policy import CAPTURED, wants
 from ..seams import PARTS
 
 # The most requests of a decode step; beyond them the GPU, not the host, sets the pace.
@@ -126,8 +125,8 @@ def make_step(
 class Steps:
     """The last step, or why it is not for us: what one layer found out, the others need not."""
 
-    def __init__(self, read: Callable[[Any], Paged | Mixed]) -> None:
-        self._read, self._captured = read, wants(CAPTURED)
+    def __init__(self, read: Callable[[Any], Paged | Mixed], captured: bool) -> None:
+        self._read, self._captured = read, captured  # as `make_step` takes them
         self._last: Step | None = None
         self._refused: tuple[Any, Any, str] = (None, None, "")
 

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from ..errors import Refused
 from ..nouns import Patch
-from ..policy import MIXED, wants
+from ..policy import CAPTURED, MIXED
 from ..seams import KV_CACHE_LAYOUTS
 from . import feed_forward
 from .decode_steps import (
@@ -317,7 +317,7 @@ def _bind(layer: Any, hidden_states: Any) -> tuple[Callable[..., Any], Callable[
 def _decoder_layer(original: Any, site: Any) -> Any:
     from ..sites import module_forward
 
-    steps = Steps(functools.partial(read, mixed=wants(MIXED)))
+    steps = Steps(functools.partial(read, mixed=site.wants(MIXED)), site.wants(CAPTURED))
 
     def settle(layer: Any, positions: Any, hidden_states: Any, residual: Any) -> Callable[..., Any]:
         """The layer's own call(positions, hidden_states, residual)."""

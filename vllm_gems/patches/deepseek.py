@@ -11,6 +11,7 @@ from typing import Any
 
 from ..errors import Refused
 from ..nouns import Patch
+from ..policy import CAPTURED
 from . import feed_forward, mla_step
 from .decode_steps import (
     Memory,
@@ -131,7 +132,7 @@ def _bind(layer: Any, hidden_states: Any) -> tuple[Callable[..., Any], Callable[
 def _decoder_layer(original: Any, site: Any) -> Any:
     from ..sites import module_forward
 
-    steps = Steps(mla_step.read)
+    steps = Steps(mla_step.read, site.wants(CAPTURED))
 
     def settle(
         layer: Any, positions: Any, hidden_states: Any, residual: Any, llama_4_scaling: Any = None
