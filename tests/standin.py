@@ -150,5 +150,6 @@ def install() -> Standin:
         setattr(torch.cuda, name, function)
     torch._C._cuda_getDevice = lambda: standin.device
     torch._C._cuda_getCurrentRawStream = standin.stream
+    torch._C._cuda_isCurrentStreamCapturing = lambda: standin.capturing
     triton.knobs.runtime.kernel_load_end_hook.add(standin.on_load)
     return standin

@@ -41,11 +41,11 @@ def test_layers_of_models() -> None:
 
 
 def test_every_patch_of_one_op_or_layer_can_be_measured() -> None:
-    """Those that cannot are whole layers, attention's, providers that a user chooses, and no kernel."""
+    """Those that cannot are whole layers and models, attention's, providers that a user chooses, and no kernel."""
     tasks = plan(["llama", "deepseek"], patches="*")
     measured = {task.patch.name for task in tasks}
     assert {name.partition(".")[0] for name in catalog().patches.keys() - measured} == {
-        "attention", "decoder", "ir", "mla", "moe",
+        "attention", "decoder", "graphs", "ir", "mla", "moe",
     }  # fmt: skip
     assert len({(task.patch.name, task.key) for task in tasks}) == len(tasks)
     for task in plan(["llama", "qwen", "deepseek"]):
