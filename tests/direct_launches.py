@@ -522,6 +522,35 @@ def test_launches_of_a_recording_keep_their_order_and_their_memory(in_c: None) -
     assert called == [(5, 80, ARENA + 256, 0, STANDIN.stream(0), *(0,) * 11)] * 2
 
 
+def test_while_a_graph_is_captured_nothing_is_replayed_and_memory_is_pytorchs(
+    standin: Standin, in_c: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the graph keeps both the launches and the memory."""
+    direct, args = launcher(ONE, 0), addresses(arguments(ONE))
+    given: list[torch.Tensor] = []
+
+    def allocator(device: int, dtype: torch.dtype) -> Any:
+        def empty(rows: int, width: int) -> torch.Tensor:
+            given.append(torch.empty(rows, width, dtype=dtype))
+            return given[-1]
+
+        return empty
+
+    def launches(memory: Any, x: int) -> None:
+        direct(2, memory(100), *args[1:])
+        direct(3, x, *args[1:])
+
+    monkeypatch.setattr(launch, "allocator", allocator)
+    run = replay.bind(0, launches)
+    for captured in (True, False, True):
+        standin.capturing = captured
+        first, second = replayed(run, (), (64,))
+        assert (first.grid[0], second.grid[0]) == (2, 3)
+        where = given[-1].data_ptr() if captured else ARENA
+        assert first.parameters[:8] == where.to_bytes(8, "little")
+    assert [each.numel() for each in given] == [100, 100]
+
+
 def test_a_status_of_a_recorded_function_is_an_error(in_c: None) -> None:
     by = ctypes.CFUNCTYPE(ctypes.c_int, *(ctypes.c_uint64,) * 16)(lambda *_: 7)
     direct, args = launcher(ONE, 0), addresses(arguments(ONE))
