@@ -16,8 +16,9 @@ from typing import Any
 
 from ..errors import Refused
 from ..nouns import Patch
+from ..policy import CAPTURED
 from . import decoder, deepseek, mla_step
-from .decode_steps import FEW_ROWS, Mixed
+from .decode_steps import FEW_ROWS, make_step
 
 # Beyond, products are cuBLAS's either way.
 _MOST = FEW_ROWS
@@ -55,10 +56,13 @@ def _model(read: Callable[[Any], Any], layer_refuses: Callable[[Any], str | None
 
             def run(*args: Any, **named: Any) -> Any:
                 context = context_of()
-                if type(context.attn_metadata) is not dict or not context.attn_metadata:
+                metadata, slots = context.attn_metadata, context.slot_mapping
+                if type(metadata) is not dict or type(slots) is not dict or not metadata:
                     raise Refused("a forward pass without attention metadata of its own for every layer")
-                step = read(next(iter(context.attn_metadata.values())))
-                if isinstance(step, Mixed):
+                name, positions = next(iter(metadata)), named["positions"] if "positions" in named else args[1]
+                # What the layers would refuse they would do in vLLM's way, one kernel after the other.
+                step = make_step(read, metadata[name], slots.get(name), positions, site.wants(CAPTURED))
+                if not step.only_decodes:
                     raise Refused("a batch that does not only decode")
                 if step.num_tokens > _MOST:
                     raise Refused(f"{step.num_tokens} requests, more than {_MOST}")
