@@ -4,7 +4,7 @@ There the host does not count, and our layers gain what their kernels gain: few 
 speed of memory, and what lies between them is fused into fewer launches than Inductor makes of it. vLLM itself has a
 way around its compiled code, for models whose inputs vary too much: `ForwardContext.skip_compiled`. It is taken where a
 graph is captured of a batch that only decodes, and in the warm-up before, in which our kernels are compiled. Prefills
-and mixed batches run compiled as ever. Such layers are `decode_steps.CAPTURED`.
+and mixed batches run compiled as ever. Layers are captured where `policy.CAPTURED` is asked for, too.
 """
 
 from __future__ import annotations
