@@ -18,7 +18,7 @@ import toy
 from children import in_child
 
 from vllm_gems import seams, sites
-from vllm_gems.errors import DriftError, LateCompileError, NotBoundError, Refused
+from vllm_gems.errors import DriftError, LateCompileError, NotBoundError, Refused, UnknownNameError
 from vllm_gems.nouns import State
 from vllm_gems.patcher import Patcher
 from vllm_gems.policy import Policy
@@ -562,3 +562,28 @@ def test_batch_invariance_and_a_missing_gpu_refuse_everything(monkeypatch: pytes
     in_child(check, "there is no GPU")
     monkeypatch.setattr(seams, "platform", lambda: "tpu")
     in_child(check, "'tpu'")
+
+
+def test_names_that_no_patch_has_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def check() -> None:
+        from vllm_gems import api
+        from vllm_gems.reports import Report
+
+        importlib.import_module(MODULE)
+        patcher = toy.patcher()
+        monkeypatch.setattr(api, "patcher", lambda: patcher)
+        for named in ({"include": "toy.layr"}, {"exclude": "toy.layr"}):
+            with pytest.raises(UnknownNameError, match=r"'toy\.layr'; did you mean toy\.layer"):
+                api.apply_gems_patches_to_vllm(**named)
+            with pytest.raises(UnknownNameError), api.gems_patches(**named):
+                pass
+        assert states(patcher) == {}
+        # In the environment, where a typing error must not stop vLLM.
+        patcher.apply(Policy(include=("toy.layer", "toy.layr")))
+        assert states(patcher) == {"toy.layer": "bound", "toy.function": "off", "toy.layr": "refused"}
+        (problem,) = Report.of_process(patcher.rows()).problems()
+        assert problem.startswith("toy.layr was asked for and is refused: no patch is called 'toy.layr'")
+        with pytest.raises(NotBoundError, match=r"toy\.layr was asked for"):
+            patcher.apply(Policy(include=("toy.layr",), strict=True))
+
+    in_child(check)

@@ -61,6 +61,18 @@ def test_register_imports_no_vllm_and_is_idempotent() -> None:
     assert done.stdout == "[]\n", done.stderr
 
 
+def test_a_name_that_no_patch_has_is_told_and_stops_nothing() -> None:
+    done = run("""
+        from vllm_gems.plugin import register
+        register()
+        import vllm_gems
+        print({row.patch: row.why for row in vllm_gems.report().rows}["op.rmsnorm"])
+    """, VLLM_GEMS_INCLUDE="default,op.rmsnorm")  # fmt: skip
+    told = "no patch is called 'op.rmsnorm'; did you mean op.rms_norm"
+    assert done.stdout.startswith(told), done.stderr
+    assert f"VLLM_GEMS_INCLUDE or VLLM_GEMS_EXCLUDE: {told}" in done.stderr
+
+
 def test_off_changes_nothing() -> None:
     done = run(
         """

@@ -64,3 +64,8 @@ def test_default_in_the_include_list_adds_to_what_is_bound_anyway() -> None:
     assert policy.wants(MIXED)
     assert not policy.wants(CAPTURED)
     assert not policy.named("layernorm.rms_norm")
+
+
+def test_names_that_fit_nothing_are_told_from_those_that_do() -> None:
+    policy = Policy(include=("default", "op.*", "op.rmsnorm", MIXED, "graphs.*"), exclude=("toy.?", "op.rmsnorm"))
+    assert policy.strangers(["op.rms_norm"]) == ("op.rmsnorm", "toy.?")

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterable, Iterator
 
 from . import __version__, seams
-from .catalog import catalog
+from .catalog import catalog, unknown
 from .nouns import State
 from .patcher import Patcher
 from .policy import VARIABLES, Policy
@@ -49,8 +49,10 @@ def apply_gems_patches_to_vllm(
 
     verbose: print a line for every patch. include, exclude: names or globs (a list, or one string with commas), over
     VLLM_GEMS_INCLUDE and VLLM_GEMS_EXCLUDE. strict: raise NotBoundError if a patch included by name is refused, and
-    let exceptions of kernels through; else vLLM's own code runs instead and the report says so.
+    let exceptions of kernels through; else vLLM's own code runs instead and the report says so. Raises
+    UnknownNameError for a name or glob given here that fits no patch.
     """
+    _must_be_known(include, exclude)
     _apply(Policy.from_env().replace(include=include, exclude=exclude, strict=strict, verbose=verbose or None))
     found = report()
     if verbose:
@@ -71,6 +73,7 @@ def gems_patches(
     include: Names = None, exclude: Names = None, strict: bool | None = None
 ) -> Iterator[Report]:
     """`apply_gems_patches_to_vllm` for a while; what it bound is taken back at the end, after an exception too."""
+    _must_be_known(include, exclude)
     before = _asked_for()
     bound = _apply(Policy.from_env().replace(include=include, exclude=exclude, strict=strict))
     try:
@@ -119,6 +122,12 @@ def use_gems(include: Files = None, exclude: Files = None) -> Iterator[Report]:
 
     with overrides().using(include, exclude):
         yield report()
+
+
+def _must_be_known(include: Names, exclude: Names) -> None:
+    patches = patcher().catalog.patches
+    for name in Policy().replace(include=include, exclude=exclude).strangers(patches):
+        raise unknown("patch", patches, name)
 
 
 def _asked_for() -> set[str]:

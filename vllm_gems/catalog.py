@@ -133,7 +133,12 @@ def lookup(kind: str, table: Mapping[str, T], name: str) -> T:
     try:
         return table[name]
     except KeyError:
-        raise UnknownNameError(kind, name, difflib.get_close_matches(name, table)) from None
+        raise unknown(kind, table, name) from None
+
+
+def unknown(kind: str, table: Iterable[str], name: str) -> UnknownNameError:
+    """The error that says what was probably meant."""
+    return UnknownNameError(kind, name, difflib.get_close_matches(name, table))
 
 
 @functools.cache

@@ -30,9 +30,12 @@ def _register() -> None:
     if not policy.enabled:
         return
     from . import api
+    from .catalog import catalog, unknown
 
     api.salt(policy)
     api.patcher().apply(policy)
+    for name in policy.strangers(catalog().patches):
+        logger.warning("VLLM_GEMS_INCLUDE or VLLM_GEMS_EXCLUDE: %s", unknown("patch", catalog().patches, name))
     if policy.verbose or policy.report_dir:
         _arm()
 

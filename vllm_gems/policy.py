@@ -102,6 +102,12 @@ class Policy:
         """Whether `MIXED` or `CAPTURED` was asked for."""
         return self.refuses(condition, default=False) is None
 
+    def strangers(self, names: Iterable[str]) -> tuple[str, ...]:
+        """The names and globs of `include` and `exclude` that fit no patch of these names, nor anything else there."""
+        known = (*names, MIXED, CAPTURED, "default")
+        globs = dict.fromkeys((*self.include, *self.exclude))
+        return tuple(glob for glob in globs if not any(fnmatchcase(name, glob) for name in known))
+
     def fingerprint(self) -> str:
         """A text that differs whenever the set of wanted patches may differ; a salt for compile caches."""
         return f"{int(self.enabled)};{','.join(self.include)};{','.join(self.exclude)}"
