@@ -515,6 +515,18 @@ def allocator(device: int, dtype: torch.dtype) -> Callable[[int, int], Any]:
     return empty
 
 
+def holding(empty: Callable[[int, int], Any]) -> Callable[[int], int]:
+    """memory(nbytes) -> the address of so many bytes, of an `allocator` of uint8, kept as long as `memory` is."""
+    held = []
+
+    def memory(nbytes: int) -> int:
+        held.append(empty(1, nbytes))
+        at: int = held[-1].data_ptr()
+        return at
+
+    return memory
+
+
 def strided_allocator(
     device: int, shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype
 ) -> Callable[[Any], Any]:

@@ -191,33 +191,6 @@ def _capturing(device: int) -> Callable[[], bool]:
     return found
 
 
-def memory_of_a_call(device: int) -> Callable[[], Callable[[int], int]]:
-    """make() -> memory(nbytes) -> the address of so many bytes of PyTorch's allocator, kept as long as `memory` is."""
-    empty = launching.allocator(device, torch.uint8)
-
-    def make() -> Callable[[int], int]:
-        held = []
-
-        def memory(nbytes: int) -> int:
-            held.append(empty(1, nbytes))
-            at: int = held[-1].data_ptr()
-            return at
-
-        return memory
-
-    return make
-
-
-def direct(device: int, launches: Callable[..., None]) -> Callable[[tuple[Any, ...], tuple[int, ...]], None]:
-    """As `bind`, but nothing is recorded: `launches` is called at each run, and launches."""
-    make = memory_of_a_call(device)
-
-    def once(facts: tuple[Any, ...], addresses: tuple[int, ...]) -> None:
-        launches(make(), *facts, *addresses)
-
-    return once
-
-
 def bind(
     device: int, launches: Callable[..., None], most: int = MOST
 ) -> Callable[[tuple[Any, ...], tuple[int, ...]], None]:
@@ -235,7 +208,7 @@ def bind(
     launched.
     """
     _module()
-    capturing, once = _capturing(device), direct(device, launches)
+    capturing, empty = _capturing(device), launching.allocator(device, torch.uint8)
     raw_stream = launching.raw_streams(device)
     ready = launching.readiness(device)
     recordings: dict[Any, _Recording] = {}
@@ -260,7 +233,7 @@ def bind(
 
     def run(facts: tuple[Any, ...], addresses: tuple[int, ...]) -> None:
         if capturing():
-            once(facts, addresses)
+            launches(launching.holding(empty), *facts, *addresses)
             return
         stream = raw_stream(device)
         bits = 0

@@ -18,7 +18,7 @@ import triton.language as tl
 
 from .. import tuned
 from ..errors import Refused
-from ..launch import Build, Launch, launcher
+from ..launch import Build, Launch, allocator, holding, launcher
 from ..nouns import Case, Kernel
 from .block_fp8_linear import (
     BLOCK,
@@ -406,12 +406,7 @@ def block_fp8_experts(
     experts = Experts(gate_up.shape[0], ids.shape[1], hidden_size, down.shape[2])
     run = bind_block_fp8_experts(experts, x.dtype, shared is not None, x.get_device())
     out = torch.empty_like(x)
-    held: list[torch.Tensor] = []
-
-    def memory(size: int) -> int:
-        held.append(torch.empty(size, dtype=torch.uint8, device=x.device))
-        return held[-1].data_ptr()
-
+    memory = holding(allocator(x.get_device(), torch.uint8))
     if num_tokens:
         run(
             x.data_ptr(), gate_up.data_ptr(), gate_up_scale.data_ptr(), down.data_ptr(), down_scale.data_ptr(),

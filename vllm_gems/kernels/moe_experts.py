@@ -19,7 +19,7 @@ import triton.language as tl
 
 from .. import tuned
 from ..errors import Refused
-from ..launch import Build, Launch, launcher, pointer
+from ..launch import Build, Launch, allocator, holding, launcher, pointer
 from ..nouns import Case, Kernel
 from .common import dtype_of, name_of, nbytes, power_of_two, randn
 
@@ -483,12 +483,7 @@ def moe_experts(
     experts = Experts(gate_up.shape[0], ids.shape[1], hidden_size, down.shape[2])
     run = bind_moe_experts(experts, x.dtype, shared is not None, x.get_device())
     out = torch.empty_like(x)
-    held: list[torch.Tensor] = []
-
-    def memory(size: int) -> int:
-        held.append(torch.empty(size, dtype=torch.uint8, device=x.device))
-        return held[-1].data_ptr()
-
+    memory = holding(allocator(x.get_device(), torch.uint8))
     if num_tokens:
         run(
             x.data_ptr(), gate_up.data_ptr(), down.data_ptr(), ids.data_ptr(), weights.data_ptr(),

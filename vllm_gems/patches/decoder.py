@@ -156,7 +156,7 @@ def _bind(layer: Any, hidden_states: Any) -> tuple[Callable[..., Any], Callable[
     from ..kernels.decode_attention import Heads, bind_decode_attention, splits
     from ..kernels.rms_norm import bind_norm_rows
     from ..kernels.rope_and_cache import Attention, bind_rope_and_cache
-    from ..launch import allocator
+    from ..launch import allocator, holding
     from .rotary import _cache_of
 
     if reason := layer_refuses(layer):
@@ -177,7 +177,7 @@ def _bind(layer: Any, hidden_states: Any) -> tuple[Callable[..., Any], Callable[
         raise Refused(f"weights of shapes {shapes}")
     project_qkv, project_o = (bind_projection(module, dtype, device) for module in modules)
     block = feed_forward.bind_block(layer.mlp, hidden_states)
-    empty, new_memory, itemsize = allocator(device, dtype), replay.memory_of_a_call(device), dtype.itemsize
+    empty, empty_bytes, itemsize = allocator(device, dtype), allocator(device, torch.uint8), dtype.itemsize
 
     angles = _cache_of(rotary, hidden_states, own_dtype=rotary.use_flashinfer)
     norms = layer.input_layernorm, layer.post_attention_layernorm
@@ -270,7 +270,7 @@ def _bind(layer: Any, hidden_states: Any) -> tuple[Callable[..., Any], Callable[
         hidden_at: int, before_at: int, out_at: int, residual_at: int,
     ) -> None:  # fmt: skip
         """The same with the backend's attention, which takes keys and values from the cache."""
-        rows, memory = step.num_tokens, new_memory()
+        rows, memory = step.num_tokens, holding(empty_bytes)
         qkv, attended = empty(rows, qkv_size), empty(rows, q_size)
         more, x_at = (rows, memory, workspace_for(rows, memory)), memory(rows * hidden_size * itemsize)
         before_attention(
