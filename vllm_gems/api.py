@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterable, Iterator
 
 from . import __version__, seams
-from .catalog import catalog, unknown
+from .catalog import catalog
 from .nouns import State
 from .patcher import Patcher
 from .policy import VARIABLES, Policy
@@ -125,9 +125,8 @@ def use_gems(include: Files = None, exclude: Files = None) -> Iterator[Report]:
 
 
 def _must_be_known(include: Names, exclude: Names) -> None:
-    patches = patcher().catalog.patches
-    for name in Policy().replace(include=include, exclude=exclude).strangers(patches):
-        raise unknown("patch", patches, name)
+    for error in patcher().strangers(Policy().replace(include=include, exclude=exclude)).values():
+        raise error
 
 
 def _asked_for() -> set[str]:

@@ -16,7 +16,7 @@ from . import policy as policies
 from . import seams
 from .binders import BINDERS, Bound, instances
 from .catalog import Catalog, lookup, unknown
-from .errors import NotBoundError
+from .errors import NotBoundError, UnknownNameError
 from .nouns import Patch, Place, Row, Seam, State
 from .policy import Policy
 from .sites import Site
@@ -77,8 +77,8 @@ class Patcher:
                 for entry in self._entries.values():
                     if entry.wanted and entry.state in (State.REFUSED, State.FAILED):
                         raise NotBoundError(entry.patch.name, entry.why)
-                for row in self._strangers():
-                    raise NotBoundError(row.patch, row.why)
+                for name, error in self.strangers(policy).items():
+                    raise NotBoundError(name, str(error))
             return tuple(entry.patch.name for entry in self._order if entry.patch.name not in before)
 
     def undo(self, names: Iterable[str] | None = None) -> None:
@@ -112,7 +112,16 @@ class Patcher:
             classes = {cls for address in addresses if isinstance(cls := _class_at(address), type)}
             layers = instances(*classes) if classes else []
             entries = [self._entries[name] for name in self.catalog.patches if name in self._entries]
-            return (*(self._row(entry, layers) for entry in entries), *self._strangers())
+            strangers = (
+                Row(name, State.REFUSED, why=str(error), wanted=True)
+                for name, error in self.strangers(self.policy).items()
+            )
+            return (*(self._row(entry, layers) for entry in entries), *strangers)
+
+    def strangers(self, policy: Policy) -> dict[str, UnknownNameError]:
+        """What `policy` names and nobody has, with the error that says what was probably meant."""
+        patches = self.catalog.patches
+        return {name: unknown("patch", patches, name) for name in policy.strangers(patches)}
 
     def rank(self) -> str:
         """The rank of this process in torch.distributed, as its layers found it; "0" if they found none."""
@@ -243,12 +252,6 @@ class Patcher:
             replaced=entry.bound.replaced if entry.bound else "",
             wanted=entry.wanted,
         )
-
-    def _strangers(self) -> tuple[Row, ...]:
-        """What the policy names and nobody has."""
-        patches = self.catalog.patches
-        names = self.policy.strangers(patches)
-        return tuple(Row(name, State.REFUSED, why=str(unknown("patch", patches, name)), wanted=True) for name in names)
 
     def _unused(self, entry: _Entry, layers: Sequence[Any]) -> tuple[State, str]:
         """Why a bound patch has no hits: (bound, "") if it may still come to it."""

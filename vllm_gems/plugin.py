@@ -30,12 +30,11 @@ def _register() -> None:
     if not policy.enabled:
         return
     from . import api
-    from .catalog import catalog, unknown
 
     api.salt(policy)
     api.patcher().apply(policy)
-    for name in policy.strangers(catalog().patches):
-        logger.warning("VLLM_GEMS_INCLUDE or VLLM_GEMS_EXCLUDE: %s", unknown("patch", catalog().patches, name))
+    for error in api.patcher().strangers(policy).values():
+        logger.warning("VLLM_GEMS_INCLUDE or VLLM_GEMS_EXCLUDE: %s", error)
     if policy.verbose or policy.report_dir:
         _arm()
 
