@@ -135,15 +135,13 @@ def where_faster(
     It is `call` itself where that is nowhere. key: by `key_of`. tokens_of takes what `call` does. most: tokens that are
     ours to do where nothing was measured, of a kernel that was found slower from some number on elsewhere.
     """
-    measured = None
     if _asked is not None:
         _asked.add(key)
-        most = None
-    else:
-        measured = tuned.lookup(patch, device, key, source(call.__module__))
-    if not measured and most is not None:
-        return _at_most(most, call, tokens_of)
-    known = reasons(measured) if measured else ()
+        return call
+    measured = tuned.lookup(patch, device, key, source(call.__module__))
+    if not measured:
+        return call if most is None else _at_most(most, call, tokens_of)
+    known = reasons(measured)
     if not known:
         return call
 
