@@ -356,7 +356,7 @@ def shares(num_reqs: int, num_heads: int, max_seq_len: int, device: int) -> int:
     At 32 requests of 1024 tokens, which are 8 pieces each, both would take 2 to 3.
     """
     most = _most_shares(num_heads, device)
-    count = max(1, num_reqs * -(-max_seq_len // 32))  # triton.cdiv takes 1.5 us, and this is asked at every layer
+    count = max(1, num_reqs * -(-max_seq_len // 32))  # without triton.cdiv: this is asked at every layer
     # Below, rounded down to three binary digits: a context that grows changes it seldom, and launches that are recorded
     # are recorded for each.
     unit = 1 << max(count.bit_length() - 3, 0)

@@ -91,10 +91,10 @@ def make_step(
     if metadata is None:
         raise Refused("a forward pass without attention metadata (vLLM measures its memory)")
     found = read(metadata)
-    rows = found.num_tokens
+    rows, paged = found.num_tokens, found if isinstance(found, Paged) else None
     if slot_mapping is None:
         raise Refused("no slots to write keys and values to")
-    what, most = ("tokens", MAX_MIXED) if isinstance(found, Mixed) else ("requests", MAX_REQUESTS)
+    what, most = ("requests", MAX_REQUESTS) if paged else ("tokens", MAX_MIXED)
     if not 0 < rows <= most:
         raise Refused(f"{rows} {what}, not between 1 and {most}")
     if positions.dim() != 1 or not positions.is_contiguous() or positions.dtype is not torch.int64:
@@ -103,14 +103,14 @@ def make_step(
         raise Refused("a batch padded with tokens that are nobody's")
     if slot_mapping.dtype is not torch.int64 or not slot_mapping.is_contiguous():
         raise Refused(f"slot_mapping {slot_mapping.dtype}, not contiguous int64")
-    if capturing() and not (captured and isinstance(found, Paged)):
+    if capturing() and not (captured and paged):
         raise Refused("a CUDA graph is being captured, and the next step's batch is another")
     if _transfers_kv():
         raise Refused("a KV connector waits for every layer")
     all_have = metadata, slot_mapping, positions, rows, positions.data_ptr(), slot_mapping.data_ptr()
-    if isinstance(found, Mixed):
+    if paged is None:
         return Step(*all_have, only_decodes=False)
-    _, max_seq_len, block_table, seq_lens = found
+    _, max_seq_len, block_table, seq_lens = paged
     if seq_lens.shape[0] != rows:
         raise Refused("a batch padded with tokens that are nobody's")
     if seq_lens.dtype is not torch.int32 or not seq_lens.is_contiguous():

@@ -198,7 +198,7 @@ def _bind(layer: Any, hidden_states: Any) -> tuple[Callable[..., Any], Callable[
         if attention.k_norm.variance_epsilon != epsilon or q_weight.dtype is not dtype or k_weight.dtype is not dtype:
             raise Refused("q_norm and k_norm differ, or their weights are not of the hidden states' dtype")
 
-    read = (  # by the places below
+    read = (  # in the places of _QKV and the rest
         *(tensor for module in modules for tensor in read_of(module)), q_weight, k_weight, input_weight, post_weight,
         *block.read,
     )  # fmt: skip
