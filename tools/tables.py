@@ -241,7 +241,8 @@ def serve_modes(record: Record) -> str:
     """Tokens per second of decode steps in each of vLLM's modes."""
     modes = ("eager", "compiled")
     rows = []
-    for (model, batch), group in by(record["rows"], "model", "batch").items():
+    decodes = [row for row in record["rows"] if "prefill" not in row["case"]]
+    for (model, batch), group in by(decodes, "model", "batch").items():
         cells = []
         for mode in modes:
             found = [row for row in group if row["case"]["mode"] == mode]
