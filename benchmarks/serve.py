@@ -884,12 +884,12 @@ def wrong_hits(model: Model, found: dict[str, dict[str, Any]], off: set[str]) ->
     off: those that nobody asked for.
     """
     problems = []
+    most = (MAX_REQUESTS if model.experts else MAX_MIXED) if Policy.from_env().wants(MIXED_BATCHES) else 0
     for case, each in found.items():
         if case == "mixed":
             continue
         answering = (set(model.calls) - off) | ({*model.wholes, MIXTURE} & set(each["hits"]))
         prefilled = PROMPT * (1 if case == "long" else int(case))
-        most = (MAX_REQUESTS if model.experts else MAX_MIXED) if Policy.from_env().wants(MIXED_BATCHES) else 0
         mixed = prefilled <= most
         for patch, count in model.expected(each["steps"] - 1, answering, mixed).items():
             got = each["hits"].get(patch, 0)
