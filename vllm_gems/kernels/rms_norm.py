@@ -67,11 +67,8 @@ def _rms_norm_kernel(
         residual_at = row * residual_stride + col
         x += tl.load(residual_ptr + residual_at, mask=live, other=0.0).to(tl.float32)
         residual_out_at = residual_at if IN_PLACE else dense_at
-        total = x.to(residual_out_ptr.dtype.element_ty)
-        tl.store(residual_out_ptr + residual_out_at, total, mask=live)
-        if not GEMMA:
-            # vLLM's op normalises the sum as it is stored; Gemma's layer the sum in float32.
-            x = total.to(tl.float32)
+        # What is normalised is the sum itself: as vLLM's native form and Inductor's code have it, its C++ op has not.
+        tl.store(residual_out_ptr + residual_out_at, x.to(residual_out_ptr.dtype.element_ty), mask=live)
 
     if VARIANCE_SIZE == HIDDEN:
         square = x * x
@@ -467,7 +464,7 @@ def fused_add_rms_norm(
     epsilon: float,
     variance_size: int | None = None,
 ) -> None:
-    """residual += x; x = rms_norm(residual), both in place; what is normalised is the sum as it is stored.
+    """residual += x; x = rms_norm(residual), both in place; what is normalised is the sum before it is rounded.
 
     x, residual: [..., hidden_size] of one dtype, rows may lie apart. The rest as in `rms_norm`.
 
