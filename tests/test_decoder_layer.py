@@ -46,7 +46,7 @@ class Implementation:
         """Its source says how a cache lies."""
 
     def forward(self, layer: Any, query: Any, key: None, value: None, kv_cache: Any, metadata: Any, output: Any) -> Any:
-        """What is asked for batches that do not only decode."""
+        """Of batches that do not only decode."""
         assert key is value is None, "keys and values are in the cache"
         for request, (start, end) in enumerate(itertools.pairwise(metadata.query_start_loc.tolist())):
             for row in range(start, end):
@@ -78,7 +78,6 @@ class Model:
 
     def __init__(
         self, monkeypatch: pytest.MonkeyPatch, mixture: bool, qk_norm: bool, tokens: tuple[int, ...] = DECODES,
-        asked: bool = True,
     ) -> None:  # fmt: skip
         torch.manual_seed(0)
         monkeypatch.setattr(test_moe_step, "HIDDEN", HIDDEN)
@@ -105,7 +104,7 @@ class Model:
         context = SimpleNamespace(attn_metadata={name: metadata}, slot_mapping={name: self.slots})
         forward_context = SimpleNamespace(get_forward_context=lambda: context)
         monkeypatch.setitem(sys.modules, "vllm.forward_context", forward_context)
-        self.site = Site("decoder.qwen3_moe" if mixture else "decoder.qwen3", wants=lambda condition: asked)
+        self.site = Site("decoder.qwen3_moe" if mixture else "decoder.qwen3")
         self.mixture = test_moe_step.Model(monkeypatch, shared=False) if mixture else None
 
         class Layer(torch.nn.Module):
@@ -176,16 +175,11 @@ def test_a_step_is_right(
 def test_what_a_graph_captures_is_right_and_not_recorded(monkeypatch: pytest.MonkeyPatch, mixture: bool) -> None:
     monkeypatch.setattr(decode_steps, "capturing", lambda: True)
     monkeypatch.setattr(replay, "_capturing", lambda device: lambda: True)
-    for captured in (False, True):
-        model = Model(monkeypatch, mixture, qk_norm=True, asked=captured)
-        monkeypatch.setattr(replay, "_program", lambda *_: pytest.fail("it was recorded"))
-        if not captured:
-            assert model.call(model.residual) == "the original"
-            assert list(model.site.declined) == ["a CUDA graph is being captured, and the next step's batch is another"]
-            continue
-        for got, want in zip(model.call(model.residual), model.expected(model.residual), strict=True):
-            torch.testing.assert_close(got.double(), want, rtol=0, atol=3e-5)
-        assert model.site.declined == {}
+    monkeypatch.setattr(replay, "_program", lambda *_: pytest.fail("it was recorded"))
+    model = Model(monkeypatch, mixture, qk_norm=True)
+    for got, want in zip(model.call(model.residual), model.expected(model.residual), strict=True):
+        torch.testing.assert_close(got.double(), want, rtol=0, atol=3e-5)
+    assert model.site.declined == {}
 
 
 def test_replaced_experts_are_used(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -199,13 +193,11 @@ def test_replaced_experts_are_used(monkeypatch: pytest.MonkeyPatch) -> None:
     assert list(model.site.declined) == ["weights that were replaced"]
 
 
-def test_batches_that_do_not_only_decode_are_left_to_vllm_until_they_are_asked_for(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    model = Model(monkeypatch, mixture=False, qk_norm=False, tokens=MIXED, asked=False)
+def test_no_graph_is_captured_of_a_batch_that_does_not_only_decode(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decode_steps, "capturing", lambda: True)
+    model = Model(monkeypatch, mixture=False, qk_norm=False, tokens=MIXED)
     assert model.call(model.residual) == "the original"
-    (reason,) = model.site.declined
-    assert reason == "a batch that does not only decode; VLLM_GEMS_INCLUDE=default,decoder.mixed takes it"
+    assert list(model.site.declined) == ["a CUDA graph is being captured, and the next step's batch is another"]
 
 
 def test_a_failure_in_attention_leaves_what_the_layer_was_given(monkeypatch: pytest.MonkeyPatch) -> None:

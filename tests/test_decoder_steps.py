@@ -67,7 +67,6 @@ def test_a_decode_step_is_taken() -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"max_query_len": 2}, "does not only decode"),
         ({"use_cascade": True}, "cascade"),
         ({"sliding_window": (511, 0)}, "sliding window"),
         ({"causal": False}, "metadata with causal"),

@@ -45,7 +45,7 @@ class Model:
         monkeypatch.setattr(deepseek, "layer_refuses", lambda layer: None)
         self.attention = test_mla_step.Model(monkeypatch, 3, q_lora)
         self.mixture = test_moe_step.Model(monkeypatch) if mixture else None
-        self.site = Site("decoder.deepseek_v2", wants=lambda condition: True)
+        self.site = Site("decoder.deepseek_v2")
 
         class Layer(torch.nn.Module):
             forward = deepseek.PATCHES[0].adapt(original, self.site)

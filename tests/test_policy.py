@@ -6,7 +6,7 @@ import pathlib
 
 import pytest
 
-from vllm_gems.policy import CAPTURED, MIXED, VARIABLES, Policy
+from vllm_gems.policy import VARIABLES, Policy
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
@@ -61,11 +61,9 @@ def test_default_in_the_include_list_adds_to_what_is_bound_anyway() -> None:
     assert policy.refuses("ir.rms_norm", default=False) == "not in the include list"
     assert policy.refuses("op.rms_norm") == "excluded by 'op.*'"
     assert policy.named("decoder.llama")
-    assert policy.wants(MIXED)
-    assert not policy.wants(CAPTURED)
     assert not policy.named("layernorm.rms_norm")
 
 
 def test_names_that_fit_nothing_are_told_from_those_that_do() -> None:
-    policy = Policy(include=("default", "op.*", "op.rmsnorm", MIXED, "graphs.*"), exclude=("toy.?", "op.rmsnorm"))
+    policy = Policy(include=("default", "op.*", "op.rmsnorm"), exclude=("toy.?", "op.rmsnorm"))
     assert policy.strangers(["op.rms_norm"]) == ("op.rmsnorm", "toy.?")

@@ -80,8 +80,7 @@ def test_hits_that_do_not_fit_are_told_but_not_of_patches_that_nobody_asked_for(
     assert serve.wrong_hits(model, found, {"rotary.rotary_embedding"}) == []
 
 
-def test_whole_layers_take_short_prefills_if_they_are_asked_to(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("VLLM_GEMS_INCLUDE", "default,decoder.*")
+def test_whole_layers_take_short_prefills() -> None:
     model = MODELS["qwen2.5-7b"]
     layers, norms = model.numbers["layer"], 2
     for batch, passes in (("1", 3), ("32", 2)):  # of which 32 are 2,048 tokens

@@ -184,7 +184,7 @@ class Patcher:
             binder = BINDERS[place.kind]
             reason = binder.refuses(place, self.world, platform)
             if reason is None:
-                site = Site(entry.patch.name, entry.patch.kernels, self.policy.strict, self.policy.wants)
+                site = Site(entry.patch.name, entry.patch.kernels, self.policy.strict)
                 try:
                     self._define_ops(entry.patch)
                     bound = binder.bind(place, lambda original, site=site: entry.patch.adapt(original, site), platform)

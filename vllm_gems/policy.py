@@ -98,24 +98,15 @@ class Policy:
         """Whether this very patch was asked for, by name or glob."""
         return any(fnmatchcase(name, glob) for glob in self.include)
 
-    def wants(self, condition: str) -> bool:
-        """Whether `MIXED` or `CAPTURED` was asked for."""
-        return self.refuses(condition, default=False) is None
-
     def strangers(self, names: Iterable[str]) -> tuple[str, ...]:
-        """The names and globs of `include` and `exclude` that fit no patch of these names, nor anything else there."""
-        known = (*names, MIXED, CAPTURED, "default")
+        """The names and globs of `include` and `exclude` that fit no patch of these names."""
+        known = (*names, "default")
         globs = dict.fromkeys((*self.include, *self.exclude))
         return tuple(glob for glob in globs if not any(fnmatchcase(name, glob) for name in known))
 
     def fingerprint(self) -> str:
         """A text that differs whenever the set of wanted patches may differ; a salt for compile caches."""
         return f"{int(self.enabled)};{','.join(self.include)};{','.join(self.exclude)}"
-
-
-# What is included like a patch and is none, but a condition of those of whole layers, until it is measured: that they
-# take batches that prefill, too; that they are captured in CUDA graphs.
-MIXED, CAPTURED = "decoder.mixed", "graphs.layers"
 
 
 def tuned_folder() -> str:

@@ -26,17 +26,13 @@ class Site:
     """Counters of one bound patch, and what to do when our side raises."""
 
     __slots__ = (
-        "by_layer", "declined", "errors", "failure", "hits", "kernels", "name", "on_failure", "rank", "strict", "wants",
+        "by_layer", "declined", "errors", "failure", "hits", "kernels", "name", "on_failure", "rank", "strict",
     )  # fmt: skip
 
-    def __init__(
-        self, name: str, kernels: tuple[str, ...] = (), strict: bool = False,
-        wants: Callable[[str], bool] = lambda condition: False,
-    ) -> None:  # fmt: skip
+    def __init__(self, name: str, kernels: tuple[str, ...] = (), strict: bool = False) -> None:
         self.name = name
         self.kernels = kernels
         self.strict = strict
-        self.wants = wants  # what is asked for by name and is no patch of its own
         self.hits = 0
         self.errors = 0
         self.rank = ""  # in torch.distributed, while it was up: it is down again when a process tells what it did

@@ -21,10 +21,7 @@ DTYPES = ("float32", "bfloat16")
 # the CPU (tools/flash_on_cpu.py); these patches are asked for by name.
 DENSE = ("qwen2", "qwen3", "llama")
 # Models with latent attention run vLLM's Triton MLA backend there.
-DECODER = {
-    "VLLM_GEMS_INCLUDE": "decoder.*,attention.*,mla.*,sampler.*,layernorm.*,rotary.*,activation.*",
-    "VLLM_GEMS_EXCLUDE": "decoder.mixed",
-}
+DECODER = {"VLLM_GEMS_INCLUDE": "decoder.*,attention.*,mla.*,sampler.*,layernorm.*,rotary.*,activation.*"}
 # Prefills in pieces, so that they share batches with decoding requests, and prompts that find their prefix cached.
 CHUNKED = {"max_num_batched_tokens": 16, "enable_prefix_caching": True, "block_size": 16}
 # Two at a time, of which the first is at the model's limit after two tokens: the third's prompt is in a pass with the

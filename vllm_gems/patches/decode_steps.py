@@ -79,12 +79,12 @@ def _transfers_kv() -> bool:
 
 
 def make_step(
-    read: Callable[[Any], Paged | Mixed], metadata: Any, slot_mapping: Any, positions: Any, captured: bool = False
+    read: Callable[[Any], Paged | Mixed], metadata: Any, slot_mapping: Any, positions: Any
 ) -> Step:
     """`read` takes from a backend's metadata what it says. Raises Refused, as `read` does, for a step not for us.
 
-    captured: whether a step of which a CUDA graph is being captured is one. vLLM has it in tensors that stay where they
-    are; requests that are not there at a replay have no tokens, and no slot.
+    One that only decodes may be captured in a CUDA graph. vLLM has it in tensors that stay where they are; requests
+    that are not there at a replay have no tokens, and no slot.
     """
     import torch
 
@@ -103,7 +103,7 @@ def make_step(
         raise Refused("a batch padded with tokens that are nobody's")
     if slot_mapping.dtype is not torch.int64 or not slot_mapping.is_contiguous():
         raise Refused(f"slot_mapping {slot_mapping.dtype}, not contiguous int64")
-    if capturing() and not (captured and paged):
+    if capturing() and not paged:
         raise Refused("a CUDA graph is being captured, and the next step's batch is another")
     if _transfers_kv():
         raise Refused("a KV connector waits for every layer")
@@ -125,8 +125,8 @@ def make_step(
 class Steps:
     """The last step, or why it is not for us: what one layer found out, the others need not."""
 
-    def __init__(self, read: Callable[[Any], Paged | Mixed], captured: bool) -> None:
-        self._read, self._captured = read, captured  # as `make_step` takes them
+    def __init__(self, read: Callable[[Any], Paged | Mixed]) -> None:
+        self._read = read  # as `make_step` takes it
         self._last: Step | None = None
         self._refused: tuple[Any, Any, str] = (None, None, "")
 
@@ -144,7 +144,7 @@ class Steps:
             raise Refused(refused[2])
         self._last = None
         try:
-            step = self._last = make_step(self._read, metadata, slot_mapping, positions, self._captured)
+            step = self._last = make_step(self._read, metadata, slot_mapping, positions)
         except Refused as refusal:
             self._refused = metadata, positions, str(refusal)
             raise

@@ -3,19 +3,17 @@
 In eager mode the host is the bottleneck: modules, dispatch and F.linear cost several times what the GPU needs. What a
 layer does in a decode step is always the same, so it is settled once per layer, and a call only launches it. Of a batch
 that prefills, too, all but attention is launched in the same way, and attention is the backend's; no two such batches
-have as many tokens, so that nothing is recorded. That is off until `decoder.mixed` is named. Every other batch goes to
-the original, whose parts have patches of their own.
+have as many tokens, so that nothing is recorded. Every other batch goes to the original, whose parts have patches of
+their own.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from ..errors import Refused
 from ..nouns import Patch
-from ..policy import CAPTURED, MIXED
 from ..seams import KV_CACHE_LAYOUTS
 from . import feed_forward
 from .decode_steps import (
@@ -55,13 +53,11 @@ _KNOWN = {
 _NO_WINDOW = (None, (-1, -1))
 
 
-def read(metadata: Any, mixed: bool = False) -> Paged | Mixed:
-    """Raises Refused for a step that is not for us. mixed: whether those are that do not only decode."""
+def read(metadata: Any) -> Paged | Mixed:
+    """Raises Refused for a step that is not for us."""
     if type(metadata).__name__ != "FlashAttentionMetadata":
         raise Refused(f"attention metadata of {type(metadata).__name__}")
     if metadata.max_query_len != 1:
-        if not mixed:
-            raise Refused(f"a batch that does not only decode; VLLM_GEMS_INCLUDE=default,{MIXED} takes it")
         return Mixed(metadata.num_actual_tokens)
     if getattr(metadata, "sliding_window", None) not in _NO_WINDOW:
         raise Refused("a sliding window")
@@ -317,7 +313,7 @@ def _bind(layer: Any, hidden_states: Any) -> tuple[Callable[..., Any], Callable[
 def _decoder_layer(original: Any, site: Any) -> Any:
     from ..sites import module_forward
 
-    steps = Steps(functools.partial(read, mixed=site.wants(MIXED)), site.wants(CAPTURED))
+    steps = Steps(read)
 
     def settle(layer: Any, positions: Any, hidden_states: Any, residual: Any) -> Callable[..., Any]:
         """The layer's own call(positions, hidden_states, residual)."""

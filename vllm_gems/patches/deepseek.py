@@ -11,7 +11,6 @@ from typing import Any
 
 from ..errors import Refused
 from ..nouns import Patch
-from ..policy import CAPTURED
 from . import feed_forward, mla_step
 from .decode_steps import (
     Memory,
@@ -132,7 +131,7 @@ def _bind(layer: Any, hidden_states: Any) -> tuple[Callable[..., Any], Callable[
 def _decoder_layer(original: Any, site: Any) -> Any:
     from ..sites import module_forward
 
-    steps = Steps(mla_step.read, site.wants(CAPTURED))
+    steps = Steps(mla_step.read)
 
     def settle(
         layer: Any, positions: Any, hidden_states: Any, residual: Any, llama_4_scaling: Any = None

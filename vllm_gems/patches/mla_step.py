@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 
 from ..errors import Refused
 from ..nouns import Patch
-from ..policy import CAPTURED
 from .decode_steps import (
     Kept,
     Memory,
@@ -312,7 +311,7 @@ def _bind(layer: Any, hidden_states: Any) -> tuple[Callable[..., Any], Callable[
 def _decode_step(original: Any, site: Any) -> Any:
     from ..sites import module_forward
 
-    steps = Steps(read, site.wants(CAPTURED))
+    steps = Steps(read)
 
     def settle(layer: Any, positions: Any, hidden_states: Any, llama_4_scaling: Any = None) -> Callable[..., Any]:
         """The layer's own call(positions, hidden_states, llama_4_scaling)."""
