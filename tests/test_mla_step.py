@@ -257,6 +257,18 @@ def test_a_hook_on_a_part_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     assert_right(model, model.call(), model.expected())
 
 
+@pytest.mark.parametrize(("gpus", "declined"), [(1, []), (2, ["decode context parallelism"])])
+def test_how_many_share_a_context_is_known_before_vllms_first_pass(
+    monkeypatch: pytest.MonkeyPatch, gpus: int, declined: list[str]
+) -> None:
+    group = SimpleNamespace(get_dcp_group=lambda: SimpleNamespace(world_size=gpus))
+    monkeypatch.setitem(sys.modules, "vllm.distributed.parallel_state", group)
+    model = Model(monkeypatch)
+    model.layer.mla_attn.impl.dcp_world_size = -1
+    model.call()
+    assert list(model.site.declined) == declined
+
+
 def _context_parallel(model: Model) -> None:
     model.layer.mla_attn.impl.dcp_world_size = 2
 

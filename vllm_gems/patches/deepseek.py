@@ -106,7 +106,7 @@ def _bind(layer: Any, hidden_states: Any) -> tuple[Callable[..., Any], Callable[
         check("hidden_states", hidden_states, rows)
         if residual is not None:
             check("residual", residual, rows)
-        if impl.dcp_world_size != 1:  # until 0.26 known from the first prefill on
+        if impl.dcp_world_size != 1:
             raise Refused("decode context parallelism")
         check_kept(known)
         if kv_cache is not cache:

@@ -8,6 +8,7 @@ their own.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -43,6 +44,12 @@ _KNOWN = {
     "num_decode_tokens", "num_prefills", "head_dim", "decode",
 }  # fmt: skip
 _KNOWN_OF_DECODE = {"block_table", "seq_lens", "dcp_tot_seq_lens"}
+
+
+def _learn_dcp(impl: Any) -> None:
+    """Fill in, as vLLM does in an implementation's first forward pass (until 0.26), how many GPUs share a context."""
+    if impl.dcp_world_size == -1:
+        impl.dcp_world_size = sys.modules["vllm.distributed.parallel_state"].get_dcp_group().world_size
 
 
 def read(metadata: Any) -> Paged:
@@ -181,6 +188,7 @@ def bind_block(layer: Any, hidden_states: Any) -> Block:
     if (rotary.rotary_dim, rotary.head_size) != (rope, rope):
         raise Refused(f"{rotary.rotary_dim} of {rotary.head_size} elements rotated, keys have {rope}")
     angles = _cache_of(rotary, hidden_states, own_dtype=_is_deepseeks(rotary) or rotary.use_flashinfer)
+    _learn_dcp(attn.impl)
     known = [*parameters_of(layer), (rotary._buffers, "cos_sin_cache", angles)]
     for name in ("W_UK_T", "W_UV"):  # no parameters until 0.24
         if name in vars(attn):
@@ -288,7 +296,7 @@ def _bind(layer: Any, hidden_states: Any) -> tuple[Callable[..., Any], Callable[
         if rows > most:
             raise Refused(f"{rows} requests of a layer in float8, more than {most}")
         check("hidden_states", hidden_states, rows)
-        if impl.dcp_world_size != 1:  # until 0.26 known from the first prefill on
+        if impl.dcp_world_size != 1:
             raise Refused("decode context parallelism")
         check_kept(block.known)
         if kv_cache is not cache:
