@@ -10,17 +10,31 @@ import pytest
 import torch
 from test_decoder_steps import metadata
 
-from vllm_gems.patches import decode_steps, graphs
+from vllm_gems.patches import decoder, graphs
 from vllm_gems.sites import Site
 
 POSITIONS = torch.tensor([5, 8, 6])
 
 
-def layer_class(ours: bool) -> type:
+class Norm:
+    """Of which is kept which of its forms was called."""
+
+    def __init__(self) -> None:
+        self.called: list[str] = []
+        self._forward_method = self.forward_native
+
+    def forward_native(self) -> None:
+        self.called.append("native")
+
+    def forward_cuda(self) -> None:
+        self.called.append("cuda")
+
+
+def layer_class(site: Site | None) -> type:
     def forward(self: Any) -> None: ...
 
-    if ours:
-        forward.__vllm_gems__ = object()  # type: ignore[attr-defined]
+    if site:
+        forward.__vllm_gems__ = site  # type: ignore[attr-defined]
     return type("Layer", (torch.nn.Module,), {"forward": forward})
 
 
@@ -34,9 +48,12 @@ class Model:
         )
         module = SimpleNamespace(get_forward_context=lambda: self.context)
         monkeypatch.setitem(sys.modules, "vllm.forward_context", module)
-        self.site, self.skipped = Site("graphs.qwen2", wants=lambda name: True), list[bool]()
+        self.site, self.skipped = Site("graphs.qwen2"), list[bool]()
+        self.layers, self.take = Site("decoder.qwen2"), 2  # of which so many take a batch
+        self.norm = Norm()
         inner = torch.nn.Module()
-        inner.layers = torch.nn.ModuleList([layer_class(ours)(), layer_class(ours)()])
+        cls = layer_class(self.layers if ours else None)
+        inner.layers, inner.norm = torch.nn.ModuleList([cls(), cls()]), self.norm  # type: ignore[assignment]
         inner.do_not_compile = False  # type: ignore[assignment]
         self.mode = SimpleNamespace(name="FULL")
         mode = SimpleNamespace(decode_mode=lambda: self.mode)
@@ -46,9 +63,11 @@ class Model:
             self.skipped.append(self.context.skip_compiled)
             if input_ids == "raise":
                 raise RuntimeError("out of luck")
+            self.layers.hits += self.take if self.context.skip_compiled else 0
+            self.norm._forward_method()
             return f"of {input_ids}"
 
-        patch = graphs._patch("qwen2", graphs._READ, lambda layer: refuses)
+        patch = graphs._patch("qwen2", decoder.read, lambda layer: refuses)
         self.inner: Any = inner
         self.whole = type("Whole", (torch.nn.Module,), {"forward": patch.adapt(original, self.site)})()
         self.whole.model = inner
@@ -71,6 +90,8 @@ def test_decode_steps_skip_what_is_compiled(monkeypatch: pytest.MonkeyPatch) -> 
         assert model.whole("ids", positions=POSITIONS) == "of ids"
         assert not model.context.skip_compiled, "the next forward pass may be another"
     assert (model.skipped, model.site.hits, model.site.declined) == ([True, True], 2, {})
+    assert model.norm.called == ["cuda", "cuda"]
+    assert model.norm._forward_method == model.norm.forward_native
 
 
 def test_what_vllm_skips_by_itself_stays_so(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -100,14 +121,23 @@ def test_other_passes_are_compiled(monkeypatch: pytest.MonkeyPatch, change: Any,
     assert words in model.declined()
 
 
-def test_a_graph_is_captured_only_of_layers_that_are(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(decode_steps, "capturing", lambda: True)
+def test_a_graph_is_captured_after_a_warm_up_of_as_many_requests(monkeypatch: pytest.MonkeyPatch) -> None:
     model = Model(monkeypatch)
     model.whole("ids", POSITIONS)
-    assert model.skipped == [True]
+    monkeypatch.setattr(graphs, "capturing", lambda: True)
+    model.whole("ids", POSITIONS)
+    assert model.skipped == [True, True]
+    assert "without a warm-up" in Model(monkeypatch).declined()
+
+
+def test_where_a_layer_declines_the_compiled_model_runs_from_then_on(monkeypatch: pytest.MonkeyPatch) -> None:
     model = Model(monkeypatch)
-    model.site.wants = lambda name: False
-    assert "a CUDA graph is being captured" in model.declined()
+    model.take = 1
+    for _ in range(2):
+        assert model.whole("ids", POSITIONS) == "of ids"
+    assert model.skipped == [True, False, False]
+    assert model.norm.called == ["cuda", "native", "native"]
+    assert model.site.declined == {"only 1 of 2 layers took a batch of 3 requests": 2}
 
 
 def test_other_layers_are_compiled(monkeypatch: pytest.MonkeyPatch) -> None:

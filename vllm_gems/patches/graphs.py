@@ -4,21 +4,21 @@ There the host does not count, and our layers gain what their kernels gain: few 
 speed of memory, and what lies between them is fused into fewer launches than Inductor makes of it. vLLM itself has a
 way around its compiled code, for models whose inputs vary too much: `ForwardContext.skip_compiled`. It is taken where a
 graph is captured of a batch that only decodes, and in the warm-up before, in which our kernels are compiled. Prefills
-and mixed batches run compiled as ever. Layers are captured where `policy.CAPTURED` is asked for, too.
+and mixed batches run compiled as ever. Should a layer decline in the warm-up, the graphs are the compiled model's: what
+vLLM does without Inductor, one kernel after the other, is in none.
 """
 
 from __future__ import annotations
 
-import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from ..errors import Refused
 from ..nouns import Patch
-from ..policy import CAPTURED
 from . import decoder, deepseek, mla_step
-from .decode_steps import FEW_ROWS, make_step
+from .decode_steps import FEW_ROWS, capturing, make_step
 
 # Beyond, products are cuBLAS's either way.
 _MOST = FEW_ROWS
@@ -40,6 +40,24 @@ def _full_graphs(model: Any) -> bool:
     return mode is not None and mode.decode_mode().name == "FULL"
 
 
+@contextmanager
+def _past_the_compiled(context: Any, norm: Any) -> Iterator[None]:
+    """A forward pass past the compiled code, the model's last norm by one kernel instead of PyTorch's dozen.
+
+    Compiled models have chosen the norm's native form, which Inductor would fuse and nobody else does.
+    """
+    skipped, chosen = context.skip_compiled, getattr(norm, "_forward_method", None)
+    try:
+        context.skip_compiled = True
+        if chosen is not None:
+            norm._forward_method = norm.forward_cuda
+        yield
+    finally:
+        context.skip_compiled = skipped
+        if chosen is not None:
+            norm._forward_method = chosen
+
+
 def _model(read: Callable[[Any], Any], layer_refuses: Callable[[Any], str | None]) -> Callable[[Any, Any], Any]:
     """How a model's `forward` is replaced; read: as `Steps` takes it."""
 
@@ -53,28 +71,40 @@ def _model(read: Callable[[Any], Any], layer_refuses: Callable[[Any], str | None
             if reason := _layers_refuse(model, layer_refuses):
                 raise Refused(reason)
             context_of = sys.modules["vllm.forward_context"].get_forward_context
+            layers, norm = len(model.layers), getattr(model, "norm", None)
+            sites = {type(layer).forward.__vllm_gems__ for layer in model.layers}
+            warm, incomplete = set[int](), ""
 
             def run(*args: Any, **named: Any) -> Any:
+                nonlocal incomplete
+                if incomplete:
+                    raise Refused(incomplete)
                 context = context_of()
                 metadata, slots = context.attn_metadata, context.slot_mapping
                 if type(metadata) is not dict or type(slots) is not dict or not metadata:
                     raise Refused("a forward pass without attention metadata of its own for every layer")
                 name, positions = next(iter(metadata)), named["positions"] if "positions" in named else args[1]
                 # What the layers would refuse they would do in vLLM's way, one kernel after the other.
-                step = make_step(read, metadata[name], slots.get(name), positions, site.wants(CAPTURED))
+                step = make_step(read, metadata[name], slots.get(name), positions)
+                rows = step.num_tokens
                 if not step.only_decodes:
                     raise Refused("a batch that does not only decode")
-                if step.num_tokens > _MOST:
-                    raise Refused(f"{step.num_tokens} requests, more than {_MOST}")
+                if rows > _MOST:
+                    raise Refused(f"{rows} requests, more than {_MOST}")
                 if not _full_graphs(model):
                     raise Refused("decode steps have no graphs of the whole model")
                 if not hasattr(context, "skip_compiled"):
                     raise Refused("a vLLM that does not skip its compiled code")
-                before, context.skip_compiled = context.skip_compiled, True
-                try:
-                    return original(whole, *args, **named)
-                finally:
-                    context.skip_compiled = before
+                if capturing() and rows not in warm:
+                    raise Refused(f"a CUDA graph is captured of {rows} requests without a warm-up of as many")
+                before = sum(each.hits for each in sites)
+                with _past_the_compiled(context, norm):
+                    result = original(whole, *args, **named)
+                if (ran := sum(each.hits for each in sites) - before) != layers:
+                    incomplete = f"only {ran} of {layers} layers took a batch of {rows} requests"
+                    raise Refused(incomplete)
+                warm.add(rows)
+                return result
 
             return run
 
@@ -83,14 +113,16 @@ def _model(read: Callable[[Any], Any], layer_refuses: Callable[[Any], str | None
     return adapt
 
 
-def _patch(name: str, read: Callable[[Any], Any], layer_refuses: Callable[[Any], str | None]) -> Patch:
+def _patch(
+    name: str, read: Callable[[Any], Any], layer_refuses: Callable[[Any], str | None], default: bool = True
+) -> Patch:
     gain = "graphs of decode steps have our layers' launches in place of Inductor's"
-    return Patch(f"graphs.{name}", f"model.{name}", (), _model(read, layer_refuses), gain, default=False)
+    return Patch(f"graphs.{name}", f"model.{name}", (), _model(read, layer_refuses), gain, default)
 
-
-_READ = functools.partial(decoder.read, mixed=True)
 
 PATCHES = (
-    *(_patch(name, _READ, decoder.layer_refuses) for name in ("qwen2", "qwen3", "llama", "qwen3_moe")),
-    _patch("deepseek_v2", mla_step.read, deepseek.layer_refuses),
+    *(_patch(name, decoder.read, decoder.layer_refuses) for name in ("qwen2", "qwen3", "llama")),
+    # Off until they are measured to gain.
+    _patch("qwen3_moe", decoder.read, decoder.layer_refuses, default=False),
+    _patch("deepseek_v2", mla_step.read, deepseek.layer_refuses, default=False),
 )
