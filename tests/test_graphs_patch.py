@@ -41,7 +41,9 @@ def layer_class(site: Site | None) -> type:
 class Model:
     """A model of two layers in a forward pass, of which is kept whether its compiled code was skipped."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, ours: bool = True, refuses: str | None = None) -> None:
+    def __init__(
+        self, monkeypatch: pytest.MonkeyPatch, ours: bool = True, refuses: str | None = None, most: int = 3
+    ) -> None:
         step = metadata()
         self.context = SimpleNamespace(
             attn_metadata={"layers.0": step}, slot_mapping={"layers.0": step.slot_mapping}, skip_compiled=False
@@ -67,7 +69,7 @@ class Model:
             self.norm._forward_method()
             return f"of {input_ids}"
 
-        patch = graphs._patch("qwen2", decoder.read, lambda layer: refuses)
+        patch = graphs._patch("qwen2", decoder.read, lambda layer: refuses, most)
         self.inner: Any = inner
         self.whole = type("Whole", (torch.nn.Module,), {"forward": patch.adapt(original, self.site)})()
         self.whole.model = inner
@@ -110,12 +112,10 @@ def test_what_vllm_skips_by_itself_stays_so(monkeypatch: pytest.MonkeyPatch) -> 
         (lambda model: setattr(model.mode, "name", "PIECEWISE"), "no graphs of the whole model"),
         (in_a_step(max_query_len=2), "a batch that does not only decode"),
         (lambda model: setattr(model.context, "slot_mapping", {}), "no slots"),
-        (lambda model: setattr(graphs, "_MOST", 2), "3 requests, more than 2"),
         (in_a_step(use_cascade=True), "cascade"),
     ],
 )
 def test_other_passes_are_compiled(monkeypatch: pytest.MonkeyPatch, change: Any, words: str) -> None:
-    monkeypatch.setattr(graphs, "_MOST", graphs._MOST)
     model = Model(monkeypatch)
     change(model)
     assert words in model.declined()
@@ -138,6 +138,10 @@ def test_where_a_layer_declines_the_compiled_model_runs_from_then_on(monkeypatch
     assert model.skipped == [True, False, False]
     assert model.norm.called == ["cuda", "native", "native"]
     assert model.site.declined == {"only 1 of 2 layers took a batch of 3 requests": 2}
+
+
+def test_more_requests_are_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert Model(monkeypatch, most=2).declined() == "3 requests, more than 2"
 
 
 def test_other_layers_are_compiled(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -35,6 +35,15 @@ def test_logits_are_as_near_to_float32_as_stocks(model: str, patches: tuple[str,
         assert_answered(record, patch)
 
 
+@pytest.mark.parametrize("model", MODELS)
+def test_logits_of_graphs_that_are_captured_of_them(model: str, tmp_path: Path) -> None:
+    options = ("--attention", "TRITON_MLA", "--experts", MODELS[model], "--modes", "compiled")
+    record = serve(model, tmp_path, "default,graphs.*", *options)
+    rows = {row["patch"]: row for row in record["report"]["compiled"]}
+    for patch in (*LAYERS, "graphs.deepseek_v2"):
+        assert (rows[patch]["hits"] > 0, rows[patch]["errors"]) == (True, 0)
+
+
 def test_logits_with_weights_in_float8(tmp_path: Path) -> None:
     """Against stock's of the same weights, and float32's of what they stand for; up to 64 requests are for us."""
     options = ("--attention", "TRITON_MLA", "--experts", "32")
