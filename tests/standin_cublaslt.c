@@ -77,13 +77,13 @@ int cublasLtMatmul(void *handle, void *desc, const float *alpha, const float *a,
                    const uint64_t *algorithm, char *workspace, size_t size, void *stream) {
   const Description *d = desc;
   const Layout *la = a_layout, *lb = b_layout, *lo = out_layout;
-  if (!handle || !fits(d, la, lb, lo) || c != out || c_layout != out_layout || *beta != 0) return INVALID;
+  if (!handle || !fits(d, la, lb, lo) || c_layout != out_layout || *beta != (c == out ? 0 : 1)) return INVALID;
   if (algorithm[0] != lb->cols || stream != (void *)77) return INVALID;
-  if (((uintptr_t)a | (uintptr_t)b | (uintptr_t)out) % 16) return INVALID;
+  if (((uintptr_t)a | (uintptr_t)b | (uintptr_t)c | (uintptr_t)out) % 16) return INVALID;
   workspace[0] = workspace[size - 1] = 1;
   for (uint64_t col = 0; col < lo->cols; col++)
     for (uint64_t row = 0; row < lo->rows; row++) {
-      float sum = d->epilogue == 4 ? d->bias[row] : 0;
+      float sum = (d->epilogue == 4 ? d->bias[row] : 0) + (*beta != 0 ? *beta * c[col * lo->ld + row] : 0);
       for (uint64_t k = 0; k < la->rows; k++) sum += *alpha * a[row * la->ld + k] * b[col * lb->ld + k];
       out[col * lo->ld + row] = sum;
     }

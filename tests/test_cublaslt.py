@@ -30,12 +30,15 @@ def operands(rows: int, in_features: int, out_features: int, bias: bool) -> dict
     }
 
 
-def multiply(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+def multiply(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, addend: torch.Tensor | None = None
+) -> torch.Tensor:
     rows, (out_features, in_features) = x.shape[0], weight.shape
     product = cublaslt.bind_product(in_features, out_features, bias is not None, torch.float32, CPU)
     out, workspace = torch.full((rows, out_features), torch.nan), torch.empty(cublaslt.WORKSPACE, dtype=torch.uint8)
     bias_at = 0 if bias is None else bias.data_ptr()
-    product(x.data_ptr(), weight.data_ptr(), bias_at, out.data_ptr(), rows, workspace.data_ptr())
+    addend_at = 0 if addend is None else addend.data_ptr()
+    product(x.data_ptr(), weight.data_ptr(), bias_at, out.data_ptr(), rows, workspace.data_ptr(), addend_at)
     return out
 
 
@@ -51,6 +54,16 @@ def test_products(library: Any, bias: bool) -> None:
         inputs = operands(rows, 40, 24, bias)
         close(multiply(**inputs), inputs)
     assert library.standin_searched() > 0
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_what_is_added_to_a_product_stays_as_it_is(library: Any, bias: bool) -> None:
+    inputs, addend = operands(5, 40, 24, bias), torch.randn(5, 24)
+    before = addend.clone()
+    close(multiply(**inputs, addend=addend) - addend, inputs)
+    assert torch.equal(addend, before)
+    with pytest.raises(Refused, match="multiples of 16"):
+        multiply(**inputs, addend=torch.randn(121)[1:])
 
 
 def test_an_algorithm_is_looked_for_once_for_a_number_of_rows(library: Any) -> None:
@@ -175,7 +188,8 @@ def test_a_layer_of_more_rows_than_few_is_the_same(
         step = decode_steps.make_step(lambda metadata: paged if only_decodes else mixed, object(), slots, positions)
         (call, _), cache = decoder._bind(block, hidden_states), kv_cache.clone()
         before = hidden_states.clone(), residual.clone()
-        results.append((*call(step, cache, hidden_states, residual), *call(step, cache, hidden_states, None), cache))
+        # Of many rows the sum of a layer's two results alone is the same.
+        results.append((*(sum(call(step, cache, hidden_states, each)) for each in (residual, None)), cache))
         assert torch.equal(hidden_states, before[0])
         assert torch.equal(residual, before[1])
     assert library.standin_searched() > 0

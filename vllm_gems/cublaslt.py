@@ -105,13 +105,13 @@ def _handle(device: int) -> int:
 @functools.cache
 def bind_product(
     in_features: int, out_features: int, bias: bool, dtype: torch.dtype, device: int
-) -> Callable[[int, int, int, int, int, int], None]:
+) -> Callable[..., None]:
     """x @ weight.T + bias, summed in float32, with everything settled that a layer knows for ever.
 
-    product(x_at, weight_at, bias_at, out_at, num_rows, workspace_at) takes addresses of contiguous tensors, x
-    [num_rows, in_features], weight [out_features, in_features], bias [out_features], out [num_rows, out_features] and
-    WORKSPACE bytes, launches on the current stream and checks nothing but their alignment. For a number of rows that it
-    sees for the first time it asks cuBLASLt for an algorithm.
+    product(x_at, weight_at, bias_at, out_at, num_rows, workspace_at, addend_at=0) takes addresses of contiguous
+    tensors, x [num_rows, in_features], weight [out_features, in_features], bias [out_features], out and what is added
+    to it before it is rounded [num_rows, out_features] and WORKSPACE bytes, launches on the current stream and checks
+    nothing but their alignment. For a number of rows that it sees for the first time it asks cuBLASLt for an algorithm.
 
     Raises Refused where there is no cuBLASLt, or none of its algorithms does this.
     """
@@ -162,8 +162,10 @@ def bind_product(
 
     plans: dict[int, _Plan] = {}
 
-    def product(x_at: int, weight_at: int, bias_at: int, out_at: int, num_rows: int, workspace_at: int) -> None:
-        if (x_at | weight_at | bias_at | out_at) % ALIGNMENT:
+    def product(
+        x_at: int, weight_at: int, bias_at: int, out_at: int, num_rows: int, workspace_at: int, addend_at: int = 0
+    ) -> None:
+        if (x_at | weight_at | bias_at | out_at | addend_at) % ALIGNMENT:
             raise Refused(f"addresses that are no multiples of {ALIGNMENT} bytes")
         if current_device() != device:
             raise Refused(f"the current device is not {device}, where the tensors are")
@@ -172,16 +174,17 @@ def bind_product(
         if plan is None:
             plan = plans.setdefault(num_rows, planned(num_rows, description))
         x_layout, out_layout, algorithm, _ = plan
+        times_at, added_at = (one_at, addend_at) if addend_at else (zero_at, out_at)
         if tape := recording():
             tape.hold(plan)
             tape.call(
-                matmul, handle, description, one_at, weight_at, weight_layout, x_at, x_layout, zero_at, out_at,
+                matmul, handle, description, one_at, weight_at, weight_layout, x_at, x_layout, times_at, added_at,
                 out_layout, out_at, out_layout, algorithm, workspace_at, WORKSPACE, tape.stream(),
             )  # fmt: skip
             return
         status = matmul(
-            handle, description, one_at, weight_at, weight_layout, x_at, x_layout, zero_at, out_at, out_layout, out_at,
-            out_layout, algorithm, workspace_at, WORKSPACE, current_stream(device),
+            handle, description, one_at, weight_at, weight_layout, x_at, x_layout, times_at, added_at, out_layout,
+            out_at, out_layout, algorithm, workspace_at, WORKSPACE, current_stream(device),
         )  # fmt: skip
         if status:
             raise RuntimeError(f"cublasLtMatmul returned status {status} for {num_rows} rows")

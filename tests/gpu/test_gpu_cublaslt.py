@@ -19,14 +19,16 @@ SHAPES = [
 ]
 
 
-def multiply(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+def multiply(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, addend: torch.Tensor | None = None
+) -> torch.Tensor:
     rows, (out_features, in_features) = x.shape[0], weight.shape
     product = bind_product(in_features, out_features, bias is not None, x.dtype, x.get_device())
     out = torch.full((rows, out_features), torch.nan, dtype=x.dtype, device=x.device)
     workspace = torch.empty(WORKSPACE, dtype=torch.uint8, device=x.device)
     product(
         x.data_ptr(), weight.data_ptr(), 0 if bias is None else bias.data_ptr(), out.data_ptr(), rows,
-        workspace.data_ptr(),
+        workspace.data_ptr(), 0 if addend is None else addend.data_ptr(),
     )  # fmt: skip
     return out
 
@@ -43,6 +45,8 @@ def test_products(shape: Shape, dtype: torch.dtype) -> None:
         want = torch.nn.functional.linear(x.double(), weight.double(), None if b is None else b.double())
         atol = absolute("linear", {"x": x, "weight": weight}, dtype)
         assert_close(multiply(x, weight, b), want, f"{rows} rows", atol)
+        addend = torch.randn(rows, out_features, dtype=dtype, device="cuda")
+        assert_close(multiply(x, weight, b, addend), want + addend, f"{rows} rows and an addend", atol)
 
 
 def test_streams_and_threads() -> None:

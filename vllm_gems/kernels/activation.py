@@ -176,8 +176,9 @@ def _tiling(width: int, many: bool) -> tuple[int, int]:
 
 
 def _build(
-    name: str, dtype: torch.dtype, width: int, params: tuple[float, ...], many: bool = False, aligned: bool = True
-) -> Build:
+    name: str, dtype: torch.dtype, width: int, params: tuple[float, ...], many: bool = False, aligned: bool = True,
+    rounds: bool | None = None,
+) -> Build:  # fmt: skip
     row = _BY_NAME[name]
     a, limit, beta = row.constants(*params)
     block, num_warps = _tiling(width, many)
@@ -191,7 +192,7 @@ def _build(
             ("A", a),
             ("LIMIT", limit),
             ("BETA", beta),
-            ("ROUND", row.rounds),
+            ("ROUND", row.rounds if rounds is None else rounds),
             ("BLOCK", block),
         ),
         aligned=aligned,
@@ -201,18 +202,19 @@ def _build(
 
 @functools.cache
 def bind_gated_rows(
-    name: str, dtype: torch.dtype, width: int, params: tuple[float, ...], device: int
+    name: str, dtype: torch.dtype, width: int, params: tuple[float, ...], device: int, rounds: bool | None = None
 ) -> Callable[[int, int, int, int], None]:
     """A gated activation by addresses: activate(x_at, x_stride, out_at, num_rows), for those who have checked them.
 
     x: num_rows rows of 2 * width elements, x_stride elements from one to the next; out: [num_rows, width], contiguous.
+    rounds: whether the activated half is rounded before the product; None: where vLLM's op does that.
     """
     block, _ = _tiling(width, True)
     blocks = (width + block - 1) // block  # of a row
 
     @functools.cache
     def launch_for(many: bool, aligned: bool) -> Launch:
-        return launcher(_build(name, dtype, width, params, many, aligned), device)
+        return launcher(_build(name, dtype, width, params, many, aligned, rounds), device)
 
     few, many = launch_for(False, True), launch_for(True, True)
 

@@ -378,19 +378,25 @@ def most_rows(known: Iterable[Kept], most: int = MAX_REQUESTS) -> int:
 Memory = Callable[[int], int]
 
 
+def are_many(rows: int) -> bool:
+    """Whether products of so many rows are cuBLASLt's."""
+    return rows > FEW_ROWS
+
+
 def workspace_for(rows: int, memory: Memory) -> int:
     """What products of so many rows need beside their operands, one for all of a layer; 0 for nothing."""
     from ..cublaslt import WORKSPACE
 
-    return memory(WORKSPACE) if rows > FEW_ROWS else 0
+    return memory(WORKSPACE) if are_many(rows) else 0
 
 
 def bind_projection(linear: Any, dtype: Any, device: int, gated: bool = False) -> Callable[..., None]:
-    """project(x_at, read_at, out_at, rows, memory, workspace_at) for a linear layer of vLLM's.
+    """project(x_at, read_at, out_at, rows, memory, workspace_at, addend_at=0) for a linear layer of vLLM's.
 
-    read_at: the addresses of what `read_of` gives. Of contiguous rows: few by our kernel, more by cuBLASLt. gated: with
-    SiLU and the product of the two halves after it. Raises Refused for a weight of another dtype or device, and for
-    many rows of weights in float8, or where there is no cuBLASLt.
+    read_at: the addresses of what `read_of` gives. Of contiguous rows: few by our kernel, more by cuBLASLt, which adds
+    what lies at addend_at before it rounds. gated: with SiLU and the product of the two halves after it. Raises
+    Refused for a weight of another dtype or device, and for many rows of weights in float8, or where there is no
+    cuBLASLt.
     """
     from ..cublaslt import bind_product
     from ..kernels.activation import bind_gated_rows
@@ -404,18 +410,20 @@ def bind_projection(linear: Any, dtype: Any, device: int, gated: bool = False) -
     all_features, in_features = weight.shape
     has_bias, out_features = bias is not None, all_features // 2 if gated else all_features
     few = bind_linear(Shape(in_features, out_features, has_bias, gated), dtype, device)
-    activate = bind_gated_rows("silu_and_mul", dtype, out_features, (), device) if gated else None
+    activate = bind_gated_rows("silu_and_mul", dtype, out_features, (), device, rounds=False) if gated else None
 
     def project(
-        x_at: int, read_at: tuple[int, int, int], out_at: int, rows: int, memory: Memory, workspace_at: int
-    ) -> None:
+        x_at: int, read_at: tuple[int, int, int], out_at: int, rows: int, memory: Memory, workspace_at: int,
+        addend_at: int = 0,
+    ) -> None:  # fmt: skip
         weight_at, bias_at, _ = read_at
-        if rows <= FEW_ROWS:
+        if not are_many(rows):
+            assert not addend_at
             few(x_at, in_features, weight_at, bias_at, out_at, rows)
             return
         many = bind_product(in_features, all_features, has_bias, dtype, device)
         if activate is None:
-            many(x_at, weight_at, bias_at, out_at, rows, workspace_at)
+            many(x_at, weight_at, bias_at, out_at, rows, workspace_at, addend_at)
             return
         both_at = memory(rows * all_features * dtype.itemsize)
         many(x_at, weight_at, bias_at, both_at, rows, workspace_at)

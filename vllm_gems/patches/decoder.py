@@ -24,6 +24,7 @@ from .decode_steps import (
     Step,
     Steps,
     addresses_of,
+    are_many,
     bind_projection,
     check_kept,
     first_refusal,
@@ -186,6 +187,7 @@ def _bind(layer: Any, hidden_states: Any) -> tuple[Callable[..., Any], Callable[
     alone = bind_norm_rows(*settled[0], False, False, device)
     first = bind_norm_rows(*settled[0], True, False, device)  # the inputs stay, should anything fail after it
     second = bind_norm_rows(*settled[1], True, True, device)
+    beside = bind_norm_rows(*settled[1], True, False, device)
 
     q_weight, k_weight, epsilon = None, None, 0.0
     if qk_norm:
@@ -239,6 +241,13 @@ def _bind(layer: Any, hidden_states: Any) -> tuple[Callable[..., Any], Callable[
     ) -> None:  # fmt: skip
         rows, memory, _ = more
         project_o(attended_at, read_at[_O], x_at, *more)
+        if block.adds and are_many(rows):
+            # The next layer adds the two results, and so does whoever else wants to know the hidden states. Here what
+            # attention gave is part of the first, and that sum is rounded once, where the residual would be once more.
+            normed_at, total_at = (memory(rows * hidden_size * itemsize) for _ in range(2))
+            beside(x_at, residual_at, read_at[_POST_NORM], normed_at, total_at, rows)
+            block.launches(memory, rows, read_at[_BLOCK], normed_at, out_at, x_at)
+            return
         second(x_at, residual_at, read_at[_POST_NORM], x_at, residual_at, rows)
         block.launches(memory, rows, read_at[_BLOCK], x_at, out_at)
 

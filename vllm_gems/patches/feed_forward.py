@@ -56,10 +56,12 @@ def _dense(mlp: Any, hidden_states: Any) -> moe_step.Block:
         raise Refused(f"weights of shapes {tuple(up.weight.shape)} and {tuple(down.weight.shape)}")
     project_up, project_down = bind_projection(up, dtype, device, gated=True), bind_projection(down, dtype, device)
 
-    def launches(memory: Memory, rows: int, read_at: tuple[int, ...], x_at: int, out_at: int) -> None:
+    def launches(
+        memory: Memory, rows: int, read_at: tuple[int, ...], x_at: int, out_at: int, *addend_at: int
+    ) -> None:
         more = rows, memory, workspace_for(rows, memory)
         active_at = memory(rows * width * dtype.itemsize)
         project_up(x_at, read_at[:3], active_at, *more)
-        project_down(active_at, read_at[3:], out_at, *more)
+        project_down(active_at, read_at[3:], out_at, *more, *addend_at)
 
-    return moe_step.Block(parameters_of(mlp), (*read_of(up), *read_of(down)), launches)
+    return moe_step.Block(parameters_of(mlp), (*read_of(up), *read_of(down)), launches, adds=True)

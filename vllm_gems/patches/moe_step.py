@@ -146,11 +146,12 @@ def runner_refuses(runner: Any) -> str | None:
 
 
 class Block(NamedTuple):
-    """A mixture, settled."""
+    """What a layer does after attention, settled."""
 
     known: list[Kept]  # parameters, by where they are kept
     read: tuple[Any, ...]  # tensors whose addresses `launches` takes
     launches: Callable[..., None]  # launches(memory, num_tokens, read_at, x_at, out_at)
+    adds: bool = False  # whether `launches` of many tokens takes an addend_at, too, of what it adds to out
 
 
 def bind_block(runner: Any, hidden_states: Any) -> Block:
