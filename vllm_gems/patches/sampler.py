@@ -26,7 +26,7 @@ def warm_original(original: Any, logits: Any, p: Any) -> None:
 def _top_k_top_p(original: Any, site: Any) -> Any:
     from ..errors import Refused
     from ..faster import key_of, where_faster
-    from ..kernels.top_p import bind_top_p, top_p
+    from ..kernels.top_p import top_p
     from ..launch import watched
     from ..sites import function
 
@@ -38,16 +38,20 @@ def _top_k_top_p(original: Any, site: Any) -> Any:
     warm = set()
 
     def call(logits: Any, k: Any, p: Any, has_topp_only_rows: bool = True) -> Any:
+        of = logits.dtype, logits.shape[-1], logits.get_device()
         if k is not None:
-            # vLLM warms up with both; when a request comes with top-p alone, it is too late to compile.
-            bind_top_p(logits.shape[-1], logits.dtype, logits.get_device())
-            if p is not None and (logits.dtype, logits.shape[-1]) not in warm and not watched() and logits.is_cuda:
-                warm.add((logits.dtype, logits.shape[-1]))
-                warm_original(original, logits, p)
+            # vLLM warms up with both; when a request comes with top-p alone, it is too late to compile, and the first
+            # would wait for what is looked up and loaded.
+            if p is not None and of not in warm and not watched():
+                warm.add(of)
+                if logits.is_cuda:
+                    warm_original(original, logits, p)
+                settled(*of)
+                top_p(logits[:1].clone(), p[:1])
             raise Refused("a top-k")
         if p is None:
             raise Refused("neither top-k nor top-p")
-        settled(logits.dtype, logits.shape[-1], logits.get_device())(logits, p)
+        settled(*of)(logits, p)
         return logits
 
     return function(original, site, call)
