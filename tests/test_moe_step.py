@@ -138,8 +138,8 @@ def test_hooks_on_a_part_and_on_the_shared_experts_are_seen(monkeypatch: pytest.
     [
         (lambda x: x.half(), "hidden_states torch.float16"),
         (lambda x: x.repeat(1, 2)[:, :HIDDEN], "of strides"),
-        (lambda x: x.repeat(300, 1), "600 tokens"),
-        (lambda x: x[:0], "0 tokens"),
+        (lambda x: x.repeat(300, 1), "no tokens, or more than"),
+        (lambda x: x[:0], "no tokens, or more than"),
     ],
 )
 def test_calls_that_are_not_done_go_to_the_original(

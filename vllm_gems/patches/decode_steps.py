@@ -96,7 +96,7 @@ def make_step(
         raise Refused("no slots to write keys and values to")
     what, most = ("requests", MAX_REQUESTS) if paged else ("tokens", MAX_MIXED)
     if not 0 < rows <= most:
-        raise Refused(f"{rows} {what}, not between 1 and {most}")
+        raise Refused(f"no {what}, or more than {most}")  # as few reasons as there are: the report counts each
     if positions.dim() != 1 or not positions.is_contiguous() or positions.dtype is not torch.int64:
         raise Refused(f"positions {positions.dtype} {tuple(positions.shape)}, not one int64 a token")
     if positions.shape[0] != rows or slot_mapping.shape[0] != rows:
@@ -449,7 +449,7 @@ def _bind_block_fp8(linear: Any, dtype: Any, device: int, gated: bool) -> Callab
     ) -> None:
         weight_at, bias_at, scale_at = read_at
         if rows > FEW_ROWS_OF_FLOAT8:
-            raise Refused(f"{rows} rows of a product in float8, more than {FEW_ROWS_OF_FLOAT8}")
+            raise Refused(f"more than {FEW_ROWS_OF_FLOAT8} rows of a product in float8")
         few(x_at, in_features, weight_at, scale_at, bias_at, out_at, rows)
 
     return project

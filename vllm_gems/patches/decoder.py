@@ -291,7 +291,7 @@ def _bind(layer: Any, hidden_states: Any) -> tuple[Callable[..., Any], Callable[
     def call(step: Step, kv_cache: Any, hidden_states: Any, residual: Any) -> Any:
         rows = step.num_tokens
         if rows > (limit := most if step.only_decodes else most_mixed):
-            raise Refused(f"{rows} rows of a layer with experts or in float8, more than {limit}")
+            raise Refused(f"more than {limit} rows of a layer with experts or in float8")
         check("hidden_states", hidden_states, rows)
         if residual is not None:
             check("residual", residual, rows)

@@ -102,7 +102,7 @@ def _bind(layer: Any, hidden_states: Any) -> tuple[Callable[..., Any], Callable[
     def call(step: Step, kv_cache: Any, hidden_states: Any, residual: Any) -> Any:
         rows = step.num_tokens
         if rows > most:
-            raise Refused(f"{rows} requests of a layer in float8, more than {most}")
+            raise Refused(f"more than {most} requests of a layer in float8")
         check("hidden_states", hidden_states, rows)
         if residual is not None:
             check("residual", residual, rows)

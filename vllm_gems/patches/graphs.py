@@ -89,13 +89,13 @@ def _model(
                 if not step.only_decodes:
                     raise Refused("a batch that does not only decode")
                 if rows > most:
-                    raise Refused(f"{rows} requests, more than {most}")
+                    raise Refused(f"more than {most} requests")
                 if not _full_graphs(model):
                     raise Refused("decode steps have no graphs of the whole model")
                 if not hasattr(context, "skip_compiled"):
                     raise Refused("a vLLM that does not skip its compiled code")
                 if capturing() and rows not in warm:
-                    raise Refused(f"a CUDA graph is captured of {rows} requests without a warm-up of as many")
+                    raise Refused("a CUDA graph is captured without a warm-up of as many requests")
                 before = sum(each.hits for each in sites)
                 with _past_the_compiled(context, norm):
                     result = original(whole, *args, **named)

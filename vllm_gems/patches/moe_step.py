@@ -246,7 +246,7 @@ def _bind(runner: Any, hidden_states: Any) -> Callable[[Any], Any]:
         num_tokens = x.shape[0]
         check("hidden_states", x, num_tokens)
         if not 0 < num_tokens <= most:
-            raise Refused(f"{num_tokens} tokens, not 1 to {most}")
+            raise Refused(f"no tokens, or more than {most}")
         check_kept(block.known)
         with plainly():
             read_at = addresses_of(*block.read)
