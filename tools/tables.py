@@ -36,12 +36,8 @@ def gpus() -> list[str]:
 
 
 # Tables of several records, one for each model: patterns of their names.
-GATHERED = {
-    "serve_modes": tuple(
-        f"serve_modes_{model}" for model in ("qwen2_5_7b", "llama_3_1_8b", "qwen3_8b", "deepseek_v2_lite", "*")
-    ),
-    "serving": ("serving_*",),
-}  # fmt: skip
+_MODELS = tuple(f"serve_modes_{model}" for model in ("qwen2_5_7b", "llama_3_1_8b", "qwen3_8b", "deepseek_v2_lite", "*"))
+GATHERED = {"serve_modes": _MODELS, "eager_prefills": _MODELS, "serving": ("serving_*",)}
 
 
 def load(name: str) -> list[dict[str, Record]]:
@@ -252,6 +248,20 @@ def serve_modes(record: Record) -> str:
     return markdown(("model", "requests", *head), rows)
 
 
+def eager_prefills(record: Record) -> str:
+    """Milliseconds of a single prompt's prefill in eager mode, medians of turns, and the spread of the ratio."""
+    rows = []
+    for row in record["rows"]:
+        case, turns = row["case"], row["turns"]
+        if "prefill" not in case or case["mode"] != "eager":
+            continue
+        ratios = sorted(ours / stock for ours, stock in zip(turns["ours"], turns["stock"], strict=True))
+        spread = f"{statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})"
+        times = (f"{row['against']['stock']:.1f}", f"{row['ours']:.1f}")
+        rows.append((str(case["model"]), str(case["prefill"]), *times, spread))
+    return markdown(("model", "tokens", "vLLM, ms", "with vllm-gems, ms", "ratio of a turn"), rows)
+
+
 def _speeds(row: Record) -> tuple[str, str, str]:
     """Tokens per second of both sides, and the median of the turns' gains."""
     turns = row["turns"]
@@ -342,6 +352,7 @@ TABLES: dict[str, Callable[[Record], str]] = {
     "serve_eager_deepseek_v3_fp8": serve_eager,
     "serve_compiled_deepseek_v3": serve_compiled,
     "serve_modes": serve_modes,
+    "eager_prefills": eager_prefills,
     "serving": serving,
     "aten": default_overrides,
     "standalone_host": standalone_host,
