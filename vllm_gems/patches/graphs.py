@@ -82,12 +82,12 @@ def _model(
                 metadata, slots = context.attn_metadata, context.slot_mapping
                 if type(metadata) is not dict or type(slots) is not dict or not metadata:
                     raise Refused("a forward pass without attention metadata of its own for every layer")
-                name, positions = next(iter(metadata)), named["positions"] if "positions" in named else args[1]
-                # What the layers would refuse they would do in vLLM's way, one kernel after the other.
-                step = make_step(read, metadata[name], slots.get(name), positions)
-                rows = step.num_tokens
-                if not step.only_decodes:
+                name, first = next(iter(metadata.items()))
+                if getattr(first, "max_query_len", 1) != 1:  # soon, for what comes with every prompt
                     raise Refused("a batch that does not only decode")
+                positions = named["positions"] if "positions" in named else args[1]
+                # What the layers would refuse they would do in vLLM's way, one kernel after the other.
+                rows = make_step(read, first, slots.get(name), positions).num_tokens
                 if rows > most:
                     raise Refused(f"more than {most} requests")
                 if not _full_graphs(model):
