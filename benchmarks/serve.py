@@ -36,8 +36,8 @@ that no other reads. 256 requests of 4096 tokens take 33 GB of cache in DeepSeek
         --against-compiled auto,TRITON_MLA --no-logits --turns 4
     python benchmarks/serve.py --model deepseek-v2-lite --attention TRITON_MLA --layers 9 --no-times
 
---prefill times prefills of single prompts, in the same turns. `VLLM_GEMS_INCLUDE=default,decoder.*` adds what is off by
-default.
+--prefill times prefills of single prompts in eager mode, in the same turns. `VLLM_GEMS_INCLUDE=default,mla.*` adds what
+is off by default.
 
 The exit status is 1 if logits or hits are not as they should be. Start-up is from the start of the process to an
 engine that is ready, beside others that start; the first processes of a run fill caches for later ones, so the least of

@@ -33,7 +33,7 @@ def _layers_refuse(model: Any, layer_refuses: Callable[[Any], str | None]) -> st
 
 def _full_graphs(model: Any) -> bool:
     """Whether decode steps have graphs of the whole model; a backend may have changed that since the model was made."""
-    mode = model.compilation_config.cudagraph_mode
+    mode = getattr(getattr(model, "compilation_config", None), "cudagraph_mode", None)
     return mode is not None and mode.decode_mode().name == "FULL"
 
 
