@@ -42,8 +42,9 @@ class Model:
     """A model of two layers in a forward pass, of which is kept whether its compiled code was skipped."""
 
     def __init__(
-        self, monkeypatch: pytest.MonkeyPatch, ours: bool = True, refuses: str | None = None, most: int = 3
-    ) -> None:
+        self, monkeypatch: pytest.MonkeyPatch, ours: bool = True, refuses: str | None = None, most: int = 3,
+        unmeasured: str | None = None,
+    ) -> None:  # fmt: skip
         step = metadata()
         self.context = SimpleNamespace(
             attn_metadata={"layers.0": step}, slot_mapping={"layers.0": step.slot_mapping}, skip_compiled=False
@@ -56,6 +57,7 @@ class Model:
         inner = torch.nn.Module()
         cls = layer_class(self.layers if ours else None)
         inner.layers, inner.norm = torch.nn.ModuleList([cls(), cls()]), self.norm  # type: ignore[assignment]
+        monkeypatch.setattr(graphs, "_not_measured", lambda layer: unmeasured)
         inner.do_not_compile = False  # type: ignore[assignment]
         self.mode = SimpleNamespace(name="FULL")
         mode = SimpleNamespace(decode_mode=lambda: self.mode)
@@ -147,6 +149,28 @@ def test_more_requests_are_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_other_layers_are_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "Layer is not replaced as a whole" in Model(monkeypatch, ours=False).declined()
     assert Model(monkeypatch, refuses="tensor parallelism").declined() == "tensor parallelism"
+
+
+@pytest.mark.parametrize(
+    ("dtype", "gpu", "words"),
+    [
+        (torch.bfloat16, "NVIDIA H100 80GB HBM3", None),
+        (torch.float16, "NVIDIA H100 PCIe", None),
+        (torch.bfloat16, "NVIDIA A100-SXM4-80GB", "linear layers are not measured on this GPU"),
+        (torch.float8_e4m3fn, "NVIDIA H100 80GB HBM3", "weights in torch.float8_e4m3fn"),
+        (torch.float32, "NVIDIA H100 80GB HBM3", "weights in torch.float32"),
+    ],
+)
+def test_where_nothing_is_measured_the_graphs_are_vllms(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, gpu: str, words: str | None
+) -> None:
+    weight = SimpleNamespace(dtype=dtype, shape=(4096, 4096), get_device=lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: gpu)
+    layer = SimpleNamespace(self_attn=SimpleNamespace(o_proj=SimpleNamespace(weight=weight)))
+    reason = graphs._not_measured(layer)
+    assert (reason is None) if words is None else (words in str(reason))
+    if reason:
+        assert Model(monkeypatch, unmeasured=reason).declined() == reason
 
 
 def test_after_a_failure_the_compiled_model_runs(monkeypatch: pytest.MonkeyPatch) -> None:

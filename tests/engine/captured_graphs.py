@@ -30,6 +30,7 @@ def main() -> None:
     from vllm_gems.patches import graphs
 
     graphs._full_graphs = lambda model: True
+    graphs._not_measured = lambda layer: None
     llm = LLM(
         model, dtype="float32", seed=0, max_model_len=128, max_num_batched_tokens=128, max_num_seqs=4,
         enable_prefix_caching=False, block_size=16,

@@ -208,14 +208,20 @@ def source() -> str:
     return tuned.source_hash(_linear_kernel, _product, _finish)
 
 
+def measured_tiling(shape: Shape, rows: int, dtype: torch.dtype, device: int) -> Tiling | None:
+    """The measured tiling for this GPU, else what was best for the shapes that were measured, else None."""
+    if dtype.itemsize != 2:
+        return None
+    if found := tuned.lookup("linear", device, key_of(shape, rows, dtype), source()):
+        return Tiling(**found)
+    if found := tuned.lookup("linear", device, general_key(shape.gated, rows, dtype), source()):
+        return _spread(Tiling(**found), shape, _ENOUGH // 2)
+    return None
+
+
 def tiling_for(shape: Shape, rows: int, dtype: torch.dtype, device: int) -> Tiling:
-    """The measured tiling for this GPU, else what was best for the shapes that were measured, else the default."""
-    if dtype.itemsize == 2:
-        if found := tuned.lookup("linear", device, key_of(shape, rows, dtype), source()):
-            return Tiling(**found)
-        if found := tuned.lookup("linear", device, general_key(shape.gated, rows, dtype), source()):
-            return _spread(Tiling(**found), shape, _ENOUGH // 2)
-    return default_tiling(shape, rows, dtype.itemsize)
+    """The measured tiling, else the default."""
+    return measured_tiling(shape, rows, dtype, device) or default_tiling(shape, rows, dtype.itemsize)
 
 
 def build_of(shape: Shape, rows: int, tiling: Tiling, dtype: torch.dtype, aligned: bool = True) -> Build:

@@ -31,6 +31,20 @@ def _layers_refuse(model: Any, layer_refuses: Callable[[Any], str | None]) -> st
     return None
 
 
+def _not_measured(layer: Any) -> str | None:
+    """Why graphs are vLLM's own until somebody measures: its compiled code is fast everywhere, our tilings where they
+    were chosen."""
+    from ..kernels.linear import Shape, measured_tiling
+
+    weight = layer.self_attn.o_proj.weight
+    if weight.dtype.itemsize != 2:
+        return f"weights in {weight.dtype}, of which graphs are not measured"
+    out_features, in_features = weight.shape
+    if measured_tiling(Shape(in_features, out_features), 16, weight.dtype, weight.get_device()) is None:
+        return "linear layers are not measured on this GPU; `vllm-gems pretune --ops linear` does that"
+    return None
+
+
 def _full_graphs(model: Any) -> bool:
     """Whether decode steps have graphs of the whole model; a backend may have changed that since the model was made."""
     mode = getattr(getattr(model, "compilation_config", None), "cudagraph_mode", None)
@@ -67,7 +81,7 @@ def _model(
             model = whole.model
             if getattr(model, "do_not_compile", True):
                 raise Refused("a model that vLLM does not compile")
-            if reason := _layers_refuse(model, layer_refuses):
+            if reason := _layers_refuse(model, layer_refuses) or _not_measured(model.layers[0]):
                 raise Refused(reason)
             context_of = sys.modules["vllm.forward_context"].get_forward_context
             layers, norm = len(model.layers), getattr(model, "norm", None)
