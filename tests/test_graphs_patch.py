@@ -11,23 +11,30 @@ import torch
 from test_decoder_steps import metadata
 
 from vllm_gems.patches import decoder, graphs
-from vllm_gems.sites import Site
+from vllm_gems.sites import Site, layer_method
 
 POSITIONS = torch.tensor([5, 8, 6])
 
 
 class Norm:
-    """Of which is kept which of its forms was called."""
+    """A layer that has chosen its native form, and whose other one is ours; which was called is kept."""
 
     def __init__(self) -> None:
         self.called: list[str] = []
         self._forward_method = self.forward_native
 
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self._forward_method(*args, **kwargs)
+
     def forward_native(self) -> None:
         self.called.append("native")
 
-    def forward_cuda(self) -> None:
-        self.called.append("cuda")
+    def _cuda(self) -> None:
+        raise AssertionError("vLLM's own is not called")
+
+    forward_cuda = layer_method(
+        _cuda, Site("layernorm.rms_norm"), lambda norm: lambda: norm.called.append("ours"), lambda norm: None
+    )  # fmt: skip
 
 
 def layer_class(site: Site | None) -> type:
@@ -68,7 +75,7 @@ class Model:
             if input_ids == "raise":
                 raise RuntimeError("out of luck")
             self.layers.hits += self.take if self.context.skip_compiled else 0
-            self.norm._forward_method()
+            self.norm.forward()
             return f"of {input_ids}"
 
         patch = graphs._patch("qwen2", decoder.read, lambda layer: refuses, most)
@@ -94,8 +101,9 @@ def test_decode_steps_skip_what_is_compiled(monkeypatch: pytest.MonkeyPatch) -> 
         assert model.whole("ids", positions=POSITIONS) == "of ids"
         assert not model.context.skip_compiled, "the next forward pass may be another"
     assert (model.skipped, model.site.hits, model.site.declined) == ([True, True], 2, {})
-    assert model.norm.called == ["cuda", "cuda"]
+    assert model.norm.called == ["ours", "ours"]
     assert model.norm._forward_method == model.norm.forward_native
+    assert "forward" not in vars(model.norm)
 
 
 def test_what_vllm_skips_by_itself_stays_so(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -138,7 +146,7 @@ def test_where_a_layer_declines_the_compiled_model_runs_from_then_on(monkeypatch
     for _ in range(2):
         assert model.whole("ids", POSITIONS) == "of ids"
     assert model.skipped == [True, False, False]
-    assert model.norm.called == ["cuda", "native", "native"]
+    assert model.norm.called == ["ours", "native", "native"]
     assert model.site.declined == {"only 1 of 2 layers took a batch of 3 requests": 2}
 
 

@@ -57,6 +57,8 @@ def _past_the_compiled(context: Any, norm: Any) -> Iterator[None]:
 
     Compiled models have chosen the norm's native form, which Inductor would fuse and nobody else does.
     """
+    from ..sites import reseat
+
     skipped, chosen = context.skip_compiled, getattr(norm, "_forward_method", None)
     try:
         context.skip_compiled = True
@@ -66,7 +68,7 @@ def _past_the_compiled(context: Any, norm: Any) -> Iterator[None]:
     finally:
         context.skip_compiled = skipped
         if chosen is not None:
-            norm._forward_method = chosen
+            reseat(norm, chosen)
 
 
 def _model(
