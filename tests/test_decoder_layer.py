@@ -154,9 +154,12 @@ class Model:
         return (self.mixture or self.layer.mlp).expected(x), total
 
 
-@pytest.mark.parametrize("tokens", [DECODES, MIXED], ids=["decodes", "prefills, too"])
 @pytest.mark.parametrize("qk_norm", [True, False], ids=["norms", "no norms"])
-@pytest.mark.parametrize("mixture", [True, False], ids=["experts", "dense"])
+@pytest.mark.parametrize(
+    ("mixture", "tokens"),
+    [(True, DECODES), (False, DECODES), (False, MIXED)],
+    ids=["experts", "dense", "dense with prefills"],
+)
 def test_a_step_is_right(
     monkeypatch: pytest.MonkeyPatch, mixture: bool, qk_norm: bool, tokens: tuple[int, ...]
 ) -> None:
@@ -191,6 +194,13 @@ def test_replaced_experts_are_used(monkeypatch: pytest.MonkeyPatch) -> None:
     for got, want in zip(model.call(model.residual), model.expected(model.residual), strict=True):
         torch.testing.assert_close(got.double(), want, rtol=0, atol=3e-5)
     assert list(model.site.declined) == ["weights that were replaced"]
+
+
+def test_experts_of_batches_that_prefill_are_vllms(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Model(monkeypatch, mixture=True, qk_norm=True, tokens=MIXED)
+    assert model.call(model.residual) == "the original"
+    (reason,) = model.site.declined
+    assert "a batch that does not only decode, of a layer with experts" in reason
 
 
 def test_no_graph_is_captured_of_a_batch_that_does_not_only_decode(monkeypatch: pytest.MonkeyPatch) -> None:

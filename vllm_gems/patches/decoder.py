@@ -4,7 +4,7 @@ In eager mode the host is the bottleneck: modules, dispatch and F.linear cost se
 layer does in a decode step is always the same, so it is settled once per layer, and a call only launches it. Of a batch
 that prefills, too, all but attention is launched in the same way, and attention is the backend's; no two such batches
 have as many tokens, so that nothing is recorded. Every other batch goes to the original, whose parts have patches of
-their own.
+their own. So do batches that prefill of layers with experts.
 """
 
 from __future__ import annotations
@@ -181,7 +181,8 @@ def _bind(layer: Any, hidden_states: Any) -> tuple[Callable[..., Any], Callable[
     known = [(rotary._buffers, "cos_sin_cache", angles), *parameters_of(attention), *block.known]
     known += [*parameters_of(norms[0]), *parameters_of(norms[1])]
     most = most_rows(known)
-    most_mixed = most if feed_forward.is_mixture(layer.mlp) else most_rows(known, MAX_MIXED)
+    # Of experts nobody has measured batches that prefill, too.
+    most_mixed = 0 if feed_forward.experts_of(layer.mlp) is not None else most_rows(known, MAX_MIXED)
     input_weight, post_weight = (norm.weight for norm in norms)
     settled = [(dtype, norm.weight.dtype, hidden_size, norm.variance_epsilon) for norm in norms]
     alone = bind_norm_rows(*settled[0], False, False, device)
@@ -291,7 +292,8 @@ def _bind(layer: Any, hidden_states: Any) -> tuple[Callable[..., Any], Callable[
     def call(step: Step, kv_cache: Any, hidden_states: Any, residual: Any) -> Any:
         rows = step.num_tokens
         if rows > (limit := most if step.only_decodes else most_mixed):
-            raise Refused(f"more than {limit} rows of a layer with experts or in float8")
+            what = "requests" if step.only_decodes else "tokens of a batch that does not only decode"
+            raise Refused(f"more than {limit} {what}, of a layer with experts or in float8")
         check("hidden_states", hidden_states, rows)
         if residual is not None:
             check("residual", residual, rows)

@@ -21,13 +21,13 @@ from .decode_steps import (
 _MIXTURES = (("models.deepseek_v2", "DeepseekV2MoE"), ("models.qwen3_moe", "Qwen3MoeSparseMoeBlock"))
 
 
-def is_mixture(mlp: Any) -> bool:
+def _is_mixture(mlp: Any) -> bool:
     return any(is_one_of(mlp, *each) for each in _MIXTURES)
 
 
 def refusals(mlp: Any) -> Iterator[str | None]:
     """Why a layer's `mlp` is not settled here, if it is not."""
-    if is_mixture(mlp):
+    if _is_mixture(mlp):
         yield part_refuses(type(mlp), "mixture module")
         if mlp.is_sequence_parallel:
             yield "tokens in parallel"
@@ -40,9 +40,14 @@ def refusals(mlp: Any) -> Iterator[str | None]:
         yield f"the activation is {type(mlp.act_fn).__name__}"
 
 
+def experts_of(mlp: Any) -> Any:
+    """The runner of a mixture, None of dense layers."""
+    return getattr(mlp, "experts", None)
+
+
 def bind_block(mlp: Any, hidden_states: Any) -> moe_step.Block:
     """The launches of a layer's `mlp`; raises Refused."""
-    experts = getattr(mlp, "experts", None)
+    experts = experts_of(mlp)
     return _dense(mlp, hidden_states) if experts is None else moe_step.bind_block(experts, hidden_states)
 
 
