@@ -101,8 +101,10 @@ class Model:
             rows, max(tokens), starts, max(LENGTHS), lengths, table, self.slots, False, 0
         )  # fmt: skip
         name = Attention.layer_name
-        context = SimpleNamespace(attn_metadata={name: metadata}, slot_mapping={name: self.slots})
-        forward_context = SimpleNamespace(get_forward_context=lambda: context)
+        self.context = SimpleNamespace(
+            attn_metadata={name: metadata}, slot_mapping={name: self.slots}, skip_compiled=False
+        )
+        forward_context = SimpleNamespace(get_forward_context=lambda: self.context)
         monkeypatch.setitem(sys.modules, "vllm.forward_context", forward_context)
         self.site = Site("decoder.qwen3_moe" if mixture else "decoder.qwen3")
         self.mixture = test_moe_step.Model(monkeypatch, shared=False) if mixture else None
@@ -180,6 +182,10 @@ def test_what_a_graph_captures_is_right_and_not_recorded(monkeypatch: pytest.Mon
     monkeypatch.setattr(replay, "_capturing", lambda device: lambda: True)
     monkeypatch.setattr(replay, "_program", lambda *_: pytest.fail("it was recorded"))
     model = Model(monkeypatch, mixture, qk_norm=True)
+    assert model.call(model.residual) == "the original", "the graph may be for any batch"
+    assert list(model.site.declined) == ["a CUDA graph is being captured, and the next step's batch is another"]
+    model = Model(monkeypatch, mixture, qk_norm=True)
+    model.context.skip_compiled = True
     for got, want in zip(model.call(model.residual), model.expected(model.residual), strict=True):
         torch.testing.assert_close(got.double(), want, rtol=0, atol=3e-5)
     assert model.site.declined == {}

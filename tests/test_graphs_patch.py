@@ -54,8 +54,9 @@ class Model:
     ) -> None:  # fmt: skip
         step = metadata()
         self.context = SimpleNamespace(
-            attn_metadata={"layers.0": step}, slot_mapping={"layers.0": step.slot_mapping}, skip_compiled=False
-        )
+            attn_metadata={"layers.0": step}, slot_mapping={"layers.0": step.slot_mapping}, skip_compiled=False,
+            cudagraph_runtime_mode=SimpleNamespace(name="NONE"),
+        )  # fmt: skip
         module = SimpleNamespace(get_forward_context=lambda: self.context)
         monkeypatch.setitem(sys.modules, "vllm.forward_context", module)
         self.site, self.skipped = Site("graphs.qwen2"), list[bool]()
@@ -66,8 +67,8 @@ class Model:
         inner.layers, inner.norm = torch.nn.ModuleList([cls(), cls()]), self.norm  # type: ignore[assignment]
         monkeypatch.setattr(graphs, "_not_measured", lambda layer: unmeasured)
         inner.do_not_compile = False  # type: ignore[assignment]
-        self.mode = SimpleNamespace(name="FULL")
-        mode = SimpleNamespace(decode_mode=lambda: self.mode)
+        self.mode, self.apart = SimpleNamespace(name="FULL"), True
+        mode = SimpleNamespace(decode_mode=lambda: self.mode, separate_routine=lambda: self.apart)
         inner.compilation_config = SimpleNamespace(cudagraph_mode=mode)  # type: ignore[assignment]
 
         def original(whole: Any, input_ids: Any, positions: Any) -> str:
@@ -120,6 +121,8 @@ def test_what_vllm_skips_by_itself_stays_so(monkeypatch: pytest.MonkeyPatch) -> 
         (lambda model: setattr(model.context, "attn_metadata", None), "without attention metadata"),
         (lambda model: setattr(model.context, "attn_metadata", {}), "without attention metadata"),
         (lambda model: setattr(model.mode, "name", "PIECEWISE"), "no graphs of the whole model"),
+        (lambda model: setattr(model, "apart", False), "and of their own"),
+        (lambda model: setattr(model.context.cudagraph_runtime_mode, "name", "PIECEWISE"), "of pieces"),
         (in_a_step(max_query_len=2), "a batch that does not only decode"),
         (lambda model: setattr(model.context, "slot_mapping", {}), "no slots"),
         (in_a_step(use_cascade=True), "cascade"),

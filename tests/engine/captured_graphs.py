@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import engine  # in tools/
@@ -25,10 +26,13 @@ def main() -> None:
     engine.prepare(ranks=1)
     flash_on_cpu.install()
     from vllm import LLM, SamplingParams
+    from vllm.config import CUDAGraphMode
 
     import vllm_gems
     from vllm_gems.patches import graphs
 
+    modes = [SimpleNamespace(compilation_config=SimpleNamespace(cudagraph_mode=mode)) for mode in CUDAGraphMode]
+    apart = [model.compilation_config.cudagraph_mode.name for model in modes if graphs._full_graphs(model)]
     graphs._full_graphs = lambda model: True
     graphs._not_measured = lambda layer: None
     llm = LLM(
@@ -41,7 +45,7 @@ def main() -> None:
         outputs = llm.generate([{"prompt_token_ids": ids} for ids in PROMPTS], params, use_tqdm=False)
         return [list(output.outputs[0].token_ids) for output in outputs]
 
-    found: dict[str, Any] = {"ours": tokens()}
+    found: dict[str, Any] = {"apart": apart, "ours": tokens()}
     rows = {row.patch: row for row in vllm_gems.report().rows}
     found["rows"] = {name: [rows[name].hits, rows[name].errors] for name in ("graphs.qwen2", "decoder.qwen2")}
     vllm_gems.remove_gems_patches_from_vllm()

@@ -163,6 +163,7 @@ def test_decode_steps_of_vllms_default_mode_are_ours(tiny: Path, tmp_path: Path)
     variables = {"VLLM_GEMS_INCLUDE": "default,graphs.*", "PYTHONPATH": f"{ROOT / 'tools'}:{ROOT}"}
     checked(command, tmp_path / "log", environment(tmp_path / "cache", **variables))
     found = json.loads((tmp_path / "found.json").read_text())
+    assert found["apart"] == ["FULL_DECODE_ONLY", "FULL_AND_PIECEWISE"], "graphs that are for decode steps alone"
     assert found["ours"] == found["stock"]
     steps = len(found["ours"][0]) - 1
     assert found["rows"] == {"graphs.qwen2": [steps, 0], "decoder.qwen2": [steps * LAYERS, 0]}

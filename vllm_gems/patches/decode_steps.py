@@ -79,12 +79,13 @@ def _transfers_kv() -> bool:
 
 
 def make_step(
-    read: Callable[[Any], Paged | Mixed], metadata: Any, slot_mapping: Any, positions: Any
+    read: Callable[[Any], Paged | Mixed], metadata: Any, slot_mapping: Any, positions: Any, captured: bool = False
 ) -> Step:
     """`read` takes from a backend's metadata what it says. Raises Refused, as `read` does, for a step not for us.
 
-    One that only decodes may be captured in a CUDA graph. vLLM has it in tensors that stay where they are; requests
-    that are not there at a replay have no tokens, and no slot.
+    captured: whether a CUDA graph that is being captured of it is for decode steps alone. vLLM has these in tensors
+    that stay where they are; requests that are not there at a replay have no tokens, and no slot. A graph for any batch
+    is captured of one that looks the same.
     """
     import torch
 
@@ -103,7 +104,7 @@ def make_step(
         raise Refused("a batch padded with tokens that are nobody's")
     if slot_mapping.dtype is not torch.int64 or not slot_mapping.is_contiguous():
         raise Refused(f"slot_mapping {slot_mapping.dtype}, not contiguous int64")
-    if capturing() and not paged:
+    if capturing() and not (captured and paged):
         raise Refused("a CUDA graph is being captured, and the next step's batch is another")
     if _transfers_kv():
         raise Refused("a KV connector waits for every layer")
@@ -130,7 +131,7 @@ class Steps:
         self._last: Step | None = None
         self._refused: tuple[Any, Any, str] = (None, None, "")
 
-    def _of(self, metadata: Any, slot_mapping: Any, positions: Any) -> Step:
+    def _of(self, metadata: Any, slot_mapping: Any, positions: Any, captured: bool) -> Step:
         step = self._last
         if (
             step is not None
@@ -144,7 +145,7 @@ class Steps:
             raise Refused(refused[2])
         self._last = None
         try:
-            step = self._last = make_step(self._read, metadata, slot_mapping, positions)
+            step = self._last = make_step(self._read, metadata, slot_mapping, positions, captured)
         except Refused as refusal:
             self._refused = metadata, positions, str(refusal)
             raise
@@ -180,7 +181,9 @@ class Steps:
                     prepared = kv_cache  # whatever becomes of it
                     prepare(kv_cache)
                 raise Refused("a forward pass without attention metadata of its own for every layer")
-            step = step_of(metadata[name], slots.get(name), positions)
+            # Which `graphs` has for graphs of decode steps alone.
+            captured = getattr(context, "skip_compiled", False)
+            step = step_of(metadata[name], slots.get(name), positions, captured)
             if reason := hooks.refuses():
                 raise Refused(reason)
             return step, cache_of(context)

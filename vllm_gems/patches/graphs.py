@@ -46,9 +46,10 @@ def _not_measured(layer: Any) -> str | None:
 
 
 def _full_graphs(model: Any) -> bool:
-    """Whether decode steps have graphs of the whole model; a backend may have changed that since the model was made."""
+    """Whether decode steps have graphs of the whole model, which are for no other batch; a backend may have changed
+    that since the model was made."""
     mode = getattr(getattr(model, "compilation_config", None), "cudagraph_mode", None)
-    return mode is not None and mode.decode_mode().name == "FULL"
+    return mode is not None and mode.separate_routine() and mode.decode_mode().name == "FULL"
 
 
 @contextmanager
@@ -103,13 +104,15 @@ def _model(
                     raise Refused("a batch that does not only decode")
                 positions = named["positions"] if "positions" in named else args[1]
                 # What the layers would refuse they would do in vLLM's way, one kernel after the other.
-                rows = make_step(read, first, slots.get(name), positions).num_tokens
+                rows = make_step(read, first, slots.get(name), positions, captured=True).num_tokens
                 if rows > most:
                     raise Refused(f"more than {most} requests")
                 if not _full_graphs(model):
-                    raise Refused("decode steps have no graphs of the whole model")
+                    raise Refused("decode steps have no graphs of the whole model and of their own")
                 if not hasattr(context, "skip_compiled"):
                     raise Refused("a vLLM that does not skip its compiled code")
+                if context.cudagraph_runtime_mode.name == "PIECEWISE":
+                    raise Refused("a graph of pieces of the model")
                 if capturing() and rows not in warm:
                     raise Refused("a CUDA graph is captured without a warm-up of as many requests")
                 before = sum(each.hits for each in sites)
