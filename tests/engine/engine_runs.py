@@ -29,7 +29,7 @@ CHUNKED = {"max_num_batched_tokens": 16, "enable_prefix_caching": True, "block_s
 MIXED_PROMPTS = [[1, *range(100, 121)], [1, *range(200, 211)], [1, 5, 9, 30, 4]]
 MIXED_TOKENS = 4
 MIXED = {"max_model_len": 24, "max_num_batched_tokens": 64, "max_num_seqs": 2}
-PROMPTS = [[1, 20, 90, 33, 250, 300, 7, 8], [1, *range(100, 140)], [1, 5]]
+PROMPTS = [[1, 20, 90, 33, 250, 300, 7, 8], [1, *range(100, 120)], [1, 5]]
 TOKENS = 8
 # Any tokens do, as long as they are the same ones: what is compared is the probability that each run gives them.
 SEQUENCES = [[1, *((37 * i + 101 * k) % 500 + 4 for i in range(47))] for k in range(4)]
