@@ -151,8 +151,7 @@ def _verify(task: Task, sides: Sides, inputs: Inputs) -> None:
         sides.switch(side)
         results = sides.results(given, sides.calls[side](*sides.args(given)))
         if side == VLLM:
-            view = task.family.view_of_vllm or view
-            tolerance = task.family.tolerance_of_vllm or VLLM_TOLERANCE * tolerance
+            view, tolerance = task.family.view_of_vllm or view, VLLM_TOLERANCE * tolerance
         for got, want in zip(view(*results), view(*expected), strict=True):
             if got.shape != want.shape:
                 raise WrongError(f"{_NAMES[side]} gives {tuple(got.shape)}, expected {tuple(want.shape)}")
