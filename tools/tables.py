@@ -249,17 +249,9 @@ def serve_modes(record: Record) -> str:
 
 
 def eager_prefills(record: Record) -> str:
-    """Milliseconds of a single prompt's prefill in eager mode, medians of turns, and the spread of the ratio."""
-    rows = []
-    for row in record["rows"]:
-        case, turns = row["case"], row["turns"]
-        if "prefill" not in case or case["mode"] != "eager":
-            continue
-        ratios = sorted(ours / stock for ours, stock in zip(turns["ours"], turns["stock"], strict=True))
-        spread = f"{statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})"
-        times = (f"{row['against']['stock']:.1f}", f"{row['ours']:.1f}")
-        rows.append((str(case["model"]), str(case["prefill"]), *times, spread))
-    return markdown(("model", "tokens", "vLLM, ms", "with vllm-gems, ms", "ratio of a turn"), rows)
+    """Milliseconds of prefills of single prompts in eager mode."""
+    rows = [row for row in record["rows"] if "prefill" in row["case"] and row["case"]["mode"] == "eager"]
+    return serve_eager({"rows": rows})
 
 
 def _speeds(row: Record) -> tuple[str, str, str]:

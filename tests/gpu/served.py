@@ -55,6 +55,13 @@ def serve(model: str, folder: Path, include: str, *options: str, exclude: str = 
     return record
 
 
+def assert_captured(record: dict[str, Any], *patches: str) -> None:
+    """Of the default mode: while graphs were captured; replays are not counted."""
+    rows = {row["patch"]: row for row in record["report"]["compiled"]}
+    for patch in patches:
+        assert (rows[patch]["hits"] > 0, rows[patch]["errors"]) == (True, 0)
+
+
 def assert_answered(record: dict[str, Any], patch: str) -> None:
     """In every way of decoding, and nothing went wrong."""
     hits = record["hits"]["eager"]

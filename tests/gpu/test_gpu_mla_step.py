@@ -10,7 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from served import assert_answered, serve
+from served import assert_answered, assert_captured, serve
 
 from vllm_gems.catalog import catalog
 
@@ -39,9 +39,7 @@ def test_logits_are_as_near_to_float32_as_stocks(model: str, patches: tuple[str,
 def test_logits_of_graphs_that_are_captured_of_them(model: str, tmp_path: Path) -> None:
     options = ("--attention", "TRITON_MLA", "--experts", MODELS[model], "--modes", "compiled")
     record = serve(model, tmp_path, "default,graphs.*", *options)
-    rows = {row["patch"]: row for row in record["report"]["compiled"]}
-    for patch in (*LAYERS, "graphs.deepseek_v2"):
-        assert (rows[patch]["hits"] > 0, rows[patch]["errors"]) == (True, 0)
+    assert_captured(record, *LAYERS, "graphs.deepseek_v2")
 
 
 def test_logits_with_weights_in_float8(tmp_path: Path) -> None:
