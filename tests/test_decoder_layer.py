@@ -184,6 +184,11 @@ def test_what_a_graph_captures_is_right_and_not_recorded(monkeypatch: pytest.Mon
     model = Model(monkeypatch, mixture, qk_norm=True)
     assert model.call(model.residual) == "the original", "the graph may be for any batch"
     assert list(model.site.declined) == ["a CUDA graph is being captured, and the next step's batch is another"]
+    monkeypatch.setattr(decode_steps, "capturing", lambda: False)
+    model = Model(monkeypatch, mixture, qk_norm=True)
+    model.call(model.residual)
+    monkeypatch.setattr(decode_steps, "capturing", lambda: True)
+    assert model.call(model.residual) == "the original", "nor may the step of a warm-up be, whose metadata it shares"
     model = Model(monkeypatch, mixture, qk_norm=True)
     model.context.skip_compiled = True
     for got, want in zip(model.call(model.residual), model.expected(model.residual), strict=True):

@@ -138,6 +138,7 @@ class Steps:
             and step.metadata is metadata
             and step.slot_mapping is slot_mapping
             and step.positions is positions
+            and (captured or not capturing())
         ):
             return step
         refused = self._refused
